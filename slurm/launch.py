@@ -164,7 +164,8 @@ def sbatch_parameters(cfg, stage, after=()) -> dict:
 
 def dry_run(cfg, stages, out, cluster) -> int:
     "Print the plan."
-    print(pipeline.show(pipeline.plan(cfg, stages, out)))
+    from marval.report import show
+    print(show(pipeline.plan(cfg, stages, out)))
     r = RESOURCES[cfg.scale]
     print(f"\nfolder  {out}\ndata    {cfg.data.name}\nGPUs    {r['gpus_per_node'] or 'none'}\ncluster {cluster}"
           + ("" if cluster == "slurm" else " (on Slurm: the parameters below)"))
