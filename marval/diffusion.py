@@ -15,7 +15,8 @@ from .config import BadInput
 
 # %% ../nbs/01_diffusion.ipynb #01-006
 class Schedule:
-    r"$\bar\alpha_t=\prod_{i\le t}(1-\beta_i)$, $a_t=\sqrt{\bar\alpha_t}$, $\sigma_t=\sqrt{1-\bar\alpha_t}$, $\log\mathrm{SNR}_t=\log\frac{\bar\alpha_t}{1-\bar\alpha_t}$; all [T], worked out in float64."
+    r"""$\bar\alpha_t=\prod_{i\le t}(1-\beta_i)$, $a_t=\sqrt{\bar\alpha_t}$, $\sigma_t=\sqrt{1-\bar\alpha_t}$,
+    $\log\mathrm{SNR}_t=\log\frac{\bar\alpha_t}{1-\bar\alpha_t}$; all [T], worked out in float64."""
 
     def __init__(self,
                  betas: Tensor,          # [T] step sizes, float64
@@ -33,7 +34,8 @@ class Schedule:
                device="cpu",           # where the tables live
                dtype=torch.float32,    # their type
                ) -> "Schedule":
-        r"$\beta_t=\min(1-f(\frac{t+1}{T})/f(\frac tT),\,0.999)$, $f(u)=\cos^2(\frac{u+.008}{1.008}\frac\pi2)$ (Nichol and Dhariwal 2021, Eq. 17). Raises `BadInput` for T < 2."
+        r"""$\beta_t=\min(1-f(\frac{t+1}{T})/f(\frac tT),\,0.999)$, $f(u)=\cos^2(\frac{u+.008}{1.008}\frac\pi2)$
+        (Nichol and Dhariwal 2021, Eq. 17). Raises `BadInput` for T < 2."""
         if T < 2: raise BadInput(f"T={T}: expected at least 2 diffusion steps")
         u = torch.arange(T + 1, dtype=torch.float64) / T
         f = ((u + 0.008) / 1.008 * math.pi / 2).cos() ** 2
@@ -127,7 +129,7 @@ class Chain:
         r"""$\beta_i=1-\bar\alpha_{t_i}/\bar\alpha_{t_{i-1}}$, $\tilde\beta=\beta\frac{1-\bar\alpha_{i-1}}{1-\bar\alpha_i}$, and $\Sigma^{1/2}=e^{h_0+h_1v}$
         with $h_0=\frac14(\log\beta+\log\tilde\beta)$, $h_1=\frac14(\log\beta-\log\tilde\beta)$. Raises `BadInput` unless 1 <= n <= T."""
         ts = torch.tensor(respaced(sched.T, n))
-        abar = sched.exact_abar[ts.cpu()]
+        abar = sched.exact_abar[ts]
         prev = torch.cat([abar.new_ones(1), abar[:-1]])
         betas = 1 - abar / prev
         var = betas * (1 - prev) / (1 - abar)
@@ -145,7 +147,8 @@ def chain_sample(chain: Chain,             # tables of the kept steps
                  noise: Tensor,            # [1 + n, N, D] standard normal: where to start, then one row a step
                  temperature: float = 1.,  # factor on the noise added
                  ) -> Tensor:              # [N, D] sampled tokens
-    r"$x\leftarrow\frac{1}{\sqrt{1-\beta}}\big(x-\frac{\beta}{\sigma}\hat\epsilon\big)+\tau\,e^{h_0+h_1v}z$ over the kept times, largest first. Raises `BadInput` if `noise` has not 1 + n rows."
+    r"""$x\leftarrow\frac{1}{\sqrt{1-\beta}}\big(x-\frac{\beta}{\sigma}\hat\epsilon\big)+\kappa\,e^{h_0+h_1v}z$
+    over the kept times, largest first, $\kappa$ the temperature. Raises `BadInput` if `noise` has not 1 + n rows."""
     if len(noise) != 1 + chain.n: raise BadInput(f"noise with {len(noise)} rows: expected {1 + chain.n}, the start and one per step")
     x, times = noise[0], chain.timesteps.to(noise.device).flip(0).split(1)
     for t, (f_x, f_eps, f_v, scale), z in zip(times, chain.steps, noise[1:].unbind(0)):
@@ -176,7 +179,8 @@ def diffusion_losses(sched: Schedule,   # noise schedule
                      eps: Tensor,       # [N, D] the noise
                      t: Tensor,         # [N] times, long
                      ) -> tuple[Tensor, Tensor]:  # mse [N], vb [N] (bits per number)
-    r"$\frac1D\lVert\hat\epsilon-\epsilon\rVert^2$ and $\frac{1}{D\ln2}\mathrm{KL}\big(q(x_{t-1}|x_t,x_0)\,\|\,p(x_{t-1}|x_t)\big)$, at t = 0 the likelihood of $x_0$; no gradient from the second into $\hat\epsilon$."
+    r"""$\frac1D\lVert\hat\epsilon-\epsilon\rVert^2$ and $\frac{1}{D\ln2}\mathrm{KL}\big(q(x_{t-1}|x_t,x_0)\,\|\,p(x_{t-1}|x_t)\big)$,
+    at t = 0 the likelihood of $x_0$; no gradient from the second into $\hat\epsilon$ (Nichol and Dhariwal 2021, Section 3.1)."""
     if sched._full is None: sched._full = Chain.make(sched, sched.T)
     c, at = sched._full, lambda table: table[t, None]
     lo, hi = at(c.log_var_min), at(c.log_var_max)

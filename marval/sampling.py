@@ -78,7 +78,7 @@ class TeacherChain:
 
         def denoise(x, t):
             if c_null is None: return model.head_from_cond(x, t, cond)
-            eps, v = model.head_from_cond(x.repeat(2, 1), t, cond)
+            eps, v = model.head_from_cond(torch.cat([x, x]), t, cond)
             eps_c, eps_u = eps.chunk(2)
             return torch.lerp(eps_u, eps_c, cfg_k), v[:len(x)]
         return chain_sample(self.chain, denoise, noise, self.temperature)
@@ -131,8 +131,10 @@ def draw_noise(B: int,                            # images
 def _ar_step(model, draw, orders, labels, n_known, n, cfg_k, null, tokens, noise):
     "Reveal the next n tokens: [B, L, D] -> [B, L, D]."
     B, where = len(tokens), orders[:, n_known:n_known + n, None]
-    if null: tokens2, orders2, labels2 = tokens.repeat(2, 1, 1), orders.repeat(2, 1), torch.cat([labels, torch.full_like(labels, model.cfg.class_num)])
-    else: tokens2, orders2, labels2 = tokens, orders, labels
+    tokens2, orders2, labels2 = tokens, orders, labels
+    if null:
+        tokens2, orders2 = torch.cat([tokens, tokens]), torch.cat([orders, orders])
+        labels2 = torch.cat([labels, torch.full_like(labels, model.cfg.class_num)])
     c = model.contexts(tokens2, orders2, n_known, labels2)
     c = c.gather(1, orders2[:, n_known:n_known + n, None].expand(-1, -1, c.shape[-1]))
     c = rearrange(c, "(half b) n w -> half (b n) w", b=B)
@@ -142,7 +144,8 @@ def _ar_step(model, draw, orders, labels, n_known, n, cfg_k, null, tokens, noise
 def _check_inputs(model, labels, draw, counts, orders, noise, grad_steps):
     "Raise `BadInput` on labels, orders, noise or grad_steps that do not fit."
     m, B, K = model.cfg, len(labels), len(counts)
-    if labels.dtype != torch.long or labels.dim() != 1 or not B: raise BadInput(f"labels of shape {list(labels.shape)}, {labels.dtype}: expected a non-empty list of integers (torch.long)")
+    if labels.dtype != torch.long or labels.dim() != 1 or not B:
+        raise BadInput(f"labels of shape {list(labels.shape)}, {labels.dtype}: expected a non-empty list of integers (torch.long)")
     if not 0 <= (low := int(labels.min())) <= (high := int(labels.max())) <= m.class_num:
         raise BadInput(f"label {low if low < 0 else high}: expected 0 to {m.class_num - 1}, or {m.class_num} for no class")
     if orders is not None and orders.shape != (B, m.seq_len): raise BadInput(f"orders of shape {list(orders.shape)}: expected {[B, m.seq_len]}")

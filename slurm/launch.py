@@ -66,8 +66,7 @@ def arguments(argv):
 def pick_cluster(wish: str) -> str:
     "`slurm` or `local`."
     if wish not in ("auto", "slurm", "local"): raise BadInput(f"--cluster {wish!r}: expected auto, slurm or local")
-    if wish == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")): raise BadInput("--cluster slurm: no sbatch and srun on PATH; expected a Slurm login node")
-    return "local" if wish == "local" or not shutil.which("sbatch") else "slurm"
+    return wish if wish != "auto" else "slurm" if shutil.which("sbatch") else "local"
 
 
 def logs(out: Path) -> Path:
@@ -102,8 +101,9 @@ class Stop:
 def submit_local(cfg, stages, out):
     "Start the one local job. It inherits an ignored SIGINT: Ctrl-C is this process's to answer, submitit's controller would kill the job a second later."
     import submitit
-    size = shutil.get_terminal_size()
-    os.environ.update(SUBMITIT_LOG_LEVEL="CRITICAL", COLUMNS=str(size.columns), LINES=str(size.lines), TQDM_NCOLS=str(size.columns - 1))
+    os.environ["SUBMITIT_LOG_LEVEL"] = "CRITICAL"
+    if sys.stderr.isatty(): os.environ["COLUMNS"] = str(shutil.get_terminal_size().columns)
+    else: os.environ.pop("COLUMNS", None)               # nobody watches: a line now and then will do
     executor = submitit.LocalExecutor(folder=logs(out))
     executor.update_parameters(timeout_min=60 * 24 * 3650)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -124,14 +124,14 @@ def local(cfg, stages, out, again: str) -> int:
             if not asked: deadline = now + GRACE
             asked = now
             job._process.terminate()                    # submitit's controller hands it on
-        if stop.count > 1 or now > deadline: pipeline.kill(out, job._process)
+        if stop.count > 1 or now > deadline: job._process.kill()    # the job sees that submitit's controller is gone, and goes too
         time.sleep(0.05)
     for tail in tails: tail()
     if job.paths.result_pickle.exists():
         status, line = job.result()
     else:
-        status, line = (130, "stopped at once") if stop.count else (1, f"error: the job ended without a result; its log: {job.paths.stderr}")
-    if status == 130: line = f"{line}; go on with: {again}"
+        status, line = (130, "interrupted at once; run the same command again to go on") if stop.count else (1, f"error: the job ended without a result; its log: {job.paths.stderr}")
+    if status == 130: line = f"{line}: {again}"
     if line: print(line, file=sys.stderr, flush=True)
     return status
 
@@ -139,6 +139,8 @@ def local(cfg, stages, out, again: str) -> int:
 def slurm(cfg, stages, out) -> int:
     "Submit one job per unfinished stage, each to start when the one before has succeeded."
     import submitit
+    for tool in ("sbatch", "srun"):
+        if not shutil.which(tool): raise BadInput(f"--cluster slurm: no {tool} on PATH; expected a Slurm login node")
     executor, jobs = submitit.SlurmExecutor(folder=logs(out), max_num_timeout=1000), []
     todo = [s for s in stages if pipeline.state(cfg, s, out) != "done"]
     for stage in todo:
@@ -148,7 +150,7 @@ def slurm(cfg, stages, out) -> int:
             for job in jobs: job.cancel(check=False)
             raise BadInput(f"sbatch refused the job of stage {stage}: {str(e).strip().splitlines()[-1]}") from None
         print(f"{stage:<9} job {jobs[-1].job_id}  log: {jobs[-1].paths.stdout}")
-    print("squeue shows the jobs; the same command again shows and submits what is left" if jobs else f"all stages are finished; see {out}/report.html")
+    print("squeue shows the jobs; once they have ended, the same command again submits what is left")
     return 0
 
 
@@ -181,7 +183,9 @@ def main(argv=None) -> int:
         cfg = override(preset(args.scale, args.seed), args.set)
         stages, cluster, out = pipeline.select(args.stage), pick_cluster(args.cluster), Path(args.out or f"runs/{args.scale}")
         if args.dry_run: return dry_run(cfg, stages, out, cluster)
-        pipeline.check(cfg, stages, out)
+        if set(pipeline.check(cfg, stages, out).values()) == {"done"}:
+            print(f"{', '.join(stages)}: finished before; nothing to do in {out}")
+            return 0
         ensure_folder(out)
         pipeline.lock(out).close()                      # in use? say so before a job is started
         return slurm(cfg, stages, out) if cluster == "slurm" else local(cfg, stages, out, shlex.join(["python", sys.argv[0], *argv]))

@@ -17,8 +17,12 @@ FENCE, LINK, DIRECTIVE = re.compile(r"(```.*?```)", re.S), re.compile(r"(?<=\]\(
 
 
 def rooted(text: str) -> str:
-    "Markdown whose relative links start in nbs/, with links that start at the root. Fenced code is left alone."
-    return "".join(part if part.startswith("```") else LINK.sub(lambda m: posixpath.normpath("nbs/" + m[0]), part) for part in FENCE.split(text))
+    "Markdown whose relative links start in nbs/, with links that start at the root. Fenced code is left alone. A dead link ends the program."
+    def link(match):
+        path = posixpath.normpath("nbs/" + match[0])
+        if not (ROOT / path.partition("#")[0]).exists(): sys.exit(f"nbs/index.ipynb links to {match[0]}: there is no {path}")
+        return path
+    return "".join(part if part.startswith("```") else LINK.sub(link, part) for part in FENCE.split(text))
 
 
 def render() -> dict:

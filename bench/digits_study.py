@@ -1,0 +1,126 @@
+"""The digits experiments behind nbs/20_digits.ipynb: every figure there that one run cannot give.
+
+For each seed: the teacher at four guidance scales and with shorter chains, students at four guidance scales, the paper's L1 + L2 beside the SIM term alone, RL with and without the regulariser.
+Every training is a run folder of the pipeline, so that the study can be stopped and started again; `results.json` of a seed grows as figures come in.
+
+    python bench/digits_study.py --seed 0 --out runs/study          # about 45 minutes a seed on one core; seeds can run side by side
+    python bench/digits_study.py --seed 0 --out /tmp/try --set teacher.iterations=20 --set distill.iterations=20 --set evaluate.n=200   # a trial
+    python bench/digits_study.py --merge --out runs/study           # -> bench/results/digits_study.json
+    python bench/digits_study.py --timing --out runs/study          # seconds per image, on an otherwise idle machine
+"""
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from marval.config import override, preset
+from marval.data import load_digits_data
+from marval.diffusion import Schedule
+from marval.evaluate import measure, run_provenance, seconds_per_image
+from marval.files import write_json
+from marval.mar import load_weights
+from marval.pipeline import draw_images, run
+from marval.rewards import load_judges
+from marval.sampling import OneStep, TeacherChain
+
+CFGS, CHAINS = (1.0, 1.2, 2.0, 4.0), (5, 10, 25, 50, 100)
+RESULTS = Path(__file__).parent/"results"/"digits_study.json"
+
+
+def student_settings(cfg: float, loss: str) -> list[str]:
+    "The recipe of a guidance scale: steeper targets want smaller steps and less noise."
+    lr, lr_phi, t_max = {1.0: (3e-4, 1e-3, 700), 1.2: (2e-4, 6e-4, 700), 2.0: (1e-4, 3e-4, 450), 4.0: (5e-5, 1.5e-4, 450)}[cfg]
+    return [f"sampling.cfg={cfg}", f"distill.loss={loss}", f"distill.lr={lr}", f"distill.lr_phi={lr_phi}", f"distill.t_max={t_max}"]
+
+
+class Study:
+    "One seed's folder of runs, and its results so far."
+    def __init__(self, seed: int, out: Path, settings: list[str]):
+        self.seed, self.out, self.settings = seed, out/f"seed{seed}", settings
+        self.path = self.out/"results.json"
+        self.results = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.images, self.labels = load_digits_data()
+
+    def config(self, *extra: str):
+        "The digits preset with the study's settings and some more."
+        return override(preset("digits", self.seed), [*self.settings, *extra])
+
+    def train(self, name: str, stages: tuple, inputs: dict, *extra: str) -> Path:
+        "A run folder with these stages done, starting from products of other folders. Returns the folder."
+        folder = self.out/name
+        folder.mkdir(parents=True, exist_ok=True)
+        for product, source in inputs.items():
+            if not (folder/product).exists(): (shutil.copytree if source.is_dir() else shutil.copy)(source, folder/product)
+        run(self.config(*extra), stages, folder)
+        return folder
+
+    def note(self, key: str, weights: Path, draw, cfg: float = 1.0):
+        "Measure a model, unless that was done."
+        if key in self.results: return
+        c = self.config(f"sampling.cfg={cfg}")
+        labels = torch.arange(c.evaluate.n) % c.model.class_num
+        images = draw_images(c, load_weights(weights), draw, labels)
+        self.results[key] = measure(images, labels, load_judges(self.out/"base"/"judges"), self.images, self.labels)
+        write_json(self.path, self.results)
+        print(f"seed {self.seed}  {key:32s} " + "  ".join(f"{k} {v:.3f}" for k, v in self.results[key].items() if isinstance(v, float)), flush=True)
+
+    def curve(self, key: str, folder: Path):
+        "The Frechet distances that a stage logged as it went."
+        from marval.train import read_log
+        self.results[key] = [[row["step"], row["fd"]] for row in read_log(folder) if "fd" in row]
+        write_json(self.path, self.results)
+
+
+def study(seed: int, out: Path, settings: list[str]):
+    "All figures of one seed, the important ones first."
+    s, sched = Study(seed, out, settings), Schedule.cosine()
+    chain, one = (lambda n=100: TeacherChain(sched, n)), OneStep(sched, preset("digits").sampling.entry_abar)
+    base = s.train("base", ("teacher", "judges"), {})
+    teacher, judges = base/"teacher.safetensors", base/"judges"
+    s.note("one_step_init", teacher, one)
+    students = {}
+    for cfg, loss in [(1.2, "sim"), (2.0, "sim"), (1.2, "gsim"), (2.0, "gsim"), (1.0, "sim"), (4.0, "sim")]:
+        s.note(f"teacher cfg {cfg:g}", teacher, chain(), cfg)
+        folder = s.train(f"{loss}-cfg{cfg:g}", ("distill",), {"teacher.safetensors": teacher, "judges": judges}, *student_settings(cfg, loss))
+        students[loss, cfg] = folder/"student.safetensors"
+        s.note(f"{loss} cfg {cfg:g}", students[loss, cfg], one)
+        s.curve(f"curve {loss} cfg {cfg:g}", folder/"state"/"distill")
+        if (cfg, loss) != (1.2, "sim"): continue
+        for name, weight in (("anchored", s.config().rl.anchor), ("free", 0.0)):
+            policy = s.train(f"rl-{name}", ("rl",), {"student.safetensors": students["sim", 1.2], "judges": judges}, f"rl.anchor={weight}")
+            s.note(f"rl {name}", policy/"student_rl.safetensors", one)
+    for n in CHAINS[:-1]: s.note(f"teacher cfg 1.2 chain {n}", teacher, chain(n), 1.2)
+
+
+def timing(out: Path):
+    "Seconds per image of the teacher's chains and of one step, equal K, one thread."
+    c, sched, weights = preset("digits"), Schedule.cosine(), load_weights(out/"seed0"/"base"/"teacher.safetensors")
+    result = {"provenance": run_provenance() | {"threads": torch.get_num_threads(), "K": c.sampling.K, "cfg": c.sampling.cfg, "dtype": "float32"}}
+    for name, draw in {**{f"chain {n}": TeacherChain(sched, n) for n in CHAINS}, "one step": OneStep(sched, c.sampling.entry_abar)}.items():
+        result[name] = seconds_per_image(lambda n: draw_images(c, weights, draw, torch.arange(n) % 10), (1, 64), c.evaluate.timing_repeats)
+        print(name, result[name], flush=True)
+    write_json(out/"timing.json", result)
+
+
+def merge(out: Path):
+    "All seeds and the timing in one file."
+    seeds = {p.parent.name.removeprefix("seed"): json.loads(p.read_text()) for p in sorted(out.glob("seed*/results.json"))}
+    RESULTS.parent.mkdir(exist_ok=True)
+    write_json(RESULTS, {"provenance": run_provenance(), "n": preset("digits").evaluate.n, "seeds": seeds, "timing": json.loads((out/"timing.json").read_text())})
+    print(RESULTS)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--set", action="append", default=[], metavar="field=value")
+    parser.add_argument("--timing", action="store_true")
+    parser.add_argument("--merge", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.merge: merge(args.out)
+    elif args.timing: timing(args.out)
+    else: study(args.seed, args.out, args.set)

@@ -1,0 +1,206 @@
+"The command line: every kind of bad input is one clear line and exit status 2, and leaves nothing behind."
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+
+import pytest
+from conftest import Launched, contents, digests
+
+from marval import pipeline
+from marval.config import preset
+
+BAD = {
+    "no scale": ([], "--scale"),
+    "unknown scale": (["--scale", "tiny"], "'tiny'"),
+    "unknown stage": (["--scale", "smoke", "--stage", "vae"], "'vae'"),
+    "unknown cluster": (["--scale", "smoke", "--cluster", "cloud"], "'cloud'"),
+    "unknown option": (["--scale", "smoke", "--gpus", "8"], "--gpus"),
+    "seed of the wrong type": (["--scale", "smoke", "--seed", "one"], "'one'"),
+    "negative seed": (["--scale", "smoke", "--seed", "-1"], "seed=-1"),
+    "K > tokens": (["--scale", "smoke", "--set", "sampling.K=17"], "1 to 16"),
+    "K < 1": (["--scale", "smoke", "--set", "sampling.K=0"], "sampling.K=0"),
+    "cfg < 0": (["--scale", "smoke", "--set", "sampling.cfg=-0.5"], "sampling.cfg=-0.5"),
+    "cfg NaN": (["--scale", "smoke", "--set", "sampling.cfg=nan"], "sampling.cfg=nan"),
+    "unknown field": (["--scale", "smoke", "--set", "distill.rate=1"], "distill.rate"),
+    "wrong type": (["--scale", "smoke", "--set", "rl.batch=many"], "rl.batch takes int"),
+    "no value": (["--scale", "smoke", "--set", "rl.batch"], "field=value"),
+    "not one of the choices": (["--scale", "smoke", "--set", "distill.loss=l2"], "sim, gsim, sid"),
+    "missing teacher": (["--scale", "smoke", "--stage", "distill"], "needs teacher.safetensors in runs/smoke; run --stage teacher first"),
+    "missing student": (["--scale", "smoke", "--stage", "rl"], "run --stage distill first"),
+    "out below a file": (["--scale", "smoke", "--out", "file/run"], "file/run"),
+    "out is a file": (["--scale", "smoke", "--out", "file"], "file"),
+    "out in /proc": (["--scale", "smoke", "--out", "/proc/run"], "/proc/run"),
+    "no Slurm": (["--scale", "smoke", "--cluster", "slurm", "--out", "file/run"], "file/run"),
+    "base": (["--scale", "base"], "not built yet"),
+    "large": (["--scale", "large", "--stage", "teacher"], "not built yet"),
+    "huge": (["--scale", "huge", "--cluster", "slurm"], "not built yet"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case, launch, tmp_path, monkeypatch, capsys):
+    argv, clue = BAD[case]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("in the way")
+    before = contents(tmp_path)
+    assert launch.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n") and clue in err
+    assert contents(tmp_path) == before and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_bad_input_as_typed(tmp_path):
+    status, out, err = Launched("--scale", "smoke", "--set", "sampling.K=99", cwd=tmp_path).end()
+    assert (status, out) == (2, "") and re.fullmatch(r"error: sampling\.K=99: .*\n", err) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["truncated", "foreign", "another shape"])
+def test_bad_teacher(kind, launch, tmp_path, monkeypatch, capsys):
+    "A teacher put into the folder by hand is opened before anything is done."
+    from marval.mar import MAR, save_weights
+    monkeypatch.chdir(tmp_path)
+    cfg, file = preset("digits" if kind == "another shape" else "smoke").model, tmp_path / "run" / "teacher.safetensors"
+    file.parent.mkdir()
+    save_weights(MAR(cfg), file)
+    if kind == "truncated": file.write_bytes(file.read_bytes()[:5000])
+    if kind == "foreign": file.write_bytes(b"PK\x03\x04 something else entirely")
+    before = contents(tmp_path)
+    assert launch.main(["--scale", "smoke", "--stage", "distill", "--out", "run"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: run/teacher.safetensors") and err.count("\n") == 1 and contents(tmp_path) == before
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    "A run folder with a finished teacher."
+    out = tmp_path_factory.mktemp("taught") / "run"
+    assert pipeline.run(preset("smoke"), ("teacher",), out) == {"teacher": "done"}
+    return out
+
+
+def test_other_settings(launch, taught, capsys):
+    "The first field that differs is named, with both values; nothing is touched. Settings that don't concern the stage don't count."
+    before = contents(taught)
+    assert launch.main(["--scale", "smoke", "--stage", "teacher", "--out", str(taught), "--set", "teacher.lr=0.5"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and all(clue in err for clue in ("stage teacher", "teacher.lr=0.001", "teacher.lr=0.5", "--out"))
+    assert launch.main(["--scale", "smoke", "--stage", "teacher", "--out", str(taught), "--seed", "1"]) == 2
+    assert "seed=0, now seed=1" in capsys.readouterr().err
+    assert launch.main(["--scale", "smoke", "--stage", "teacher", "--out", str(taught), "--set", "rl.lr=0.5", "log.sample_every=1"]) == 0
+    assert "finished before" in capsys.readouterr().out and contents(taught) == before
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-100], lambda b: b[:-1] + bytes([b[-1] ^ 1])], ids=["truncated", "one bit"])
+def test_damaged_product(damage, launch, taught, tmp_path, capsys):
+    "A finished product that has changed since is neither used nor overwritten."
+    out = tmp_path / "run"
+    shutil.copytree(taught, out)
+    file = out / "teacher.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    before = contents(out)
+    for stage in ("teacher", "distill", "all"):
+        assert launch.main(["--scale", "smoke", "--stage", stage, "--out", str(out)]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"error: {file} ") and err.count("\n") == 1 and contents(out) == before
+
+
+def test_removed_product_is_made_again(taught, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(taught, out)
+    (out / "teacher.safetensors").unlink()
+    assert pipeline.run(preset("smoke"), ("teacher",), out) == {"teacher": "done"}
+    assert digests(out, ["teacher.safetensors"]) == digests(taught, ["teacher.safetensors"])
+
+
+@pytest.mark.parametrize("kind", ["truncated", "foreign", "another shape"])
+def test_bad_checkpoint(kind, taught, tmp_path):
+    "Found inside the job: the same one line, the same exit status."
+    import torch
+    out = tmp_path / "run"
+    shutil.copytree(taught, out)
+    for name in ("teacher.safetensors", "state/teacher/done.json"): (out / name).unlink()
+    file = out / "state" / "teacher" / "checkpoint.pt"
+    if kind == "truncated": file.write_bytes(file.read_bytes()[:5000])
+    if kind == "foreign": torch.save({"model": {}}, file)
+    if kind == "another shape":
+        state = torch.load(file, weights_only=True)
+        state["modules"]["model"]["mask_token"] = torch.zeros(1, 1, 7)
+        torch.save(state, file)
+    before = digests(out, ["state/teacher/checkpoint.pt"])
+    if kind == "truncated":
+        status, _, err = Launched("--scale", "smoke", "--stage", "teacher", "--cluster", "local", "--out", out).end()
+    else:
+        status, err = pipeline.guarded(preset("smoke"), ("teacher",), out)
+        err += "\n"
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and "checkpoint.pt" in err
+    assert digests(out, ["state/teacher/checkpoint.pt"]) == before and not (out / "teacher.safetensors").exists()
+
+
+def test_folder_in_use(launch, tmp_path, capsys):
+    held = pipeline.lock(tmp_path / "run")
+    assert launch.main(["--scale", "smoke", "--stage", "teacher", "--cluster", "local", "--out", str(tmp_path / "run")]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"in use by process {os.getpid()}" in err
+    held.close()
+    pipeline.lock(tmp_path / "run", wait=0).close()
+
+
+def whole(out):
+    "No temporary file is left, and what is there can be read."
+    files = [p for p in out.rglob("*") if p.is_file()]
+    assert not [p for p in files if ".tmp" in p.name]
+    for p in files:
+        if p.suffix == ".json": json.loads(p.read_text())
+
+
+def test_no_file_may_grow(taught, tmp_path):
+    "A refusal of the system in the middle of saving, by a limit on the size of files; without the limit the run goes on to the same bits."
+    out, limit = tmp_path / "run", 150_000
+    argv = ("--scale", "smoke", "--stage", "teacher", "--cluster", "local", "--out", out)
+    status, _, err = Launched(*argv, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))).end()
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert status == 2 and len(lines) == 1 and "checkpoint.pt" in lines[0] and "File too large" in lines[0] and "Traceback" not in err
+    whole(out)
+    assert not (out / "teacher.safetensors").exists()
+    assert Launched(*argv).end()[0] == 0 and digests(out, ["teacher.safetensors"]) == digests(taught, ["teacher.safetensors"])
+
+
+def test_disk_full(tmp_path):
+    "A real full disk: a memory file system of 600 kB."
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "none", str(disk)], capture_output=True).returncode: pytest.skip("mounting a small disk takes root")
+    try:
+        status, _, err = Launched("--scale", "smoke", "--stage", "teacher", "--cluster", "local", "--out", disk / "run").end()
+        lines = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert status == 2 and len(lines) == 1 and "No space left on device" in lines[0] and "Traceback" not in err
+        whole(disk / "run")
+    finally: subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("scale, size, iterations", [("smoke", "M", "30"), ("digits", "M", "2200"), ("base", "207.9 M", "500400"), ("large", "478.3 M", "500400"), ("huge", "942.4 M", "500400")])
+def test_dry_run(scale, size, iterations, launch, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert launch.main(["--scale", scale, "--dry-run"]) == 0
+    out, err = capsys.readouterr()
+    rows = {line.split()[0]: line for line in out.splitlines()[1:] if line}
+    assert all(stage in rows for stage in pipeline.GRAPH) and size in rows["teacher"] and iterations in rows["teacher"]
+    assert f"runs/{scale}" in rows["folder"] and rows["GPUs"].split()[1] == ("8" if scale in ("base", "large", "huge") else "none")
+    assert err == "" and not list(tmp_path.iterdir())
+
+
+def test_dry_run_knows_the_folder(launch, taught, capsys):
+    before = contents(taught)
+    assert launch.main(["--scale", "smoke", "--out", str(taught), "--dry-run"]) == 0
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
+    assert rows["teacher"][1] == "done" and rows["distill"][1:3] == ["to", "do"] and contents(taught) == before
+
+
+def test_help(launch, capsys):
+    with pytest.raises(SystemExit) as e: launch.main(["--help"])
+    text = capsys.readouterr().out
+    assert e.value.code == 0 and "python slurm/launch.py --scale digits" in text
+    for option in ("--scale", "--stage", "--cluster", "--out", "--seed", "--dry-run", "--set"): assert option in text
