@@ -10,6 +10,8 @@ The same command again goes on where the last one ended: finished stages are ski
 after the current step, a second Ctrl-C at once. On Slurm, sbatch reads site settings from SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_QOS.
 """
 import argparse
+import contextlib
+import io
 import os
 import shlex
 import shutil
@@ -63,10 +65,13 @@ def arguments(argv):
     return p.parse_args(argv)
 
 
-def pick_cluster(wish: str) -> str:
+def pick_cluster(wish: str, dry_run: bool) -> str:
     "`slurm` or `local`."
     if wish not in ("auto", "slurm", "local"): raise BadInput(f"--cluster {wish!r}: expected auto, slurm or local")
-    return wish if wish != "auto" else "slurm" if shutil.which("sbatch") else "local"
+    picked = wish if wish != "auto" else "slurm" if shutil.which("sbatch") else "local"
+    missing = [tool for tool in ("sbatch", "srun") if picked == "slurm" and not dry_run and not shutil.which(tool)]
+    if missing: raise BadInput(f"--cluster slurm: no {missing[0]} on PATH; expected a Slurm login node, or --cluster local")
+    return picked
 
 
 def logs(out: Path) -> Path:
@@ -127,10 +132,9 @@ def local(cfg, stages, out, again: str) -> int:
         if stop.count > 1 or now > deadline: job._process.kill()    # the job sees that submitit's controller is gone, and goes too
         time.sleep(0.05)
     for tail in tails: tail()
-    if job.paths.result_pickle.exists():
-        status, line = job.result()
-    else:
-        status, line = (130, "interrupted at once; run the same command again to go on") if stop.count else (1, f"error: the job ended without a result; its log: {job.paths.stderr}")
+    if stop.count and not job.paths.result_pickle.exists(): status, line = 130, "interrupted at once; run the same command again to go on"
+    elif not job.paths.result_pickle.exists() or job.exception(): status, line = 1, f"error: the job failed; its log: {job.paths.stderr}"
+    else: status, line = job.result()
     if status == 130: line = f"{line}: {again}"
     if line: print(line, file=sys.stderr, flush=True)
     return status
@@ -139,13 +143,12 @@ def local(cfg, stages, out, again: str) -> int:
 def slurm(cfg, stages, out) -> int:
     "Submit one job per unfinished stage, each to start when the one before has succeeded."
     import submitit
-    for tool in ("sbatch", "srun"):
-        if not shutil.which(tool): raise BadInput(f"--cluster slurm: no {tool} on PATH; expected a Slurm login node")
     executor, jobs = submitit.SlurmExecutor(folder=logs(out), max_num_timeout=1000), []
     todo = [s for s in stages if pipeline.state(cfg, s, out) != "done"]
     for stage in todo:
         executor.update_parameters(**sbatch_parameters(cfg, stage, [jobs[-1].job_id] if jobs else []))
-        try: jobs.append(executor.submit(Job(cfg, (stage,), out.absolute())))
+        try:
+            with contextlib.redirect_stderr(io.StringIO()): jobs.append(executor.submit(Job(cfg, (stage,), out.absolute())))
         except submitit.core.utils.FailedJobError as e:
             for job in jobs: job.cancel(check=False)
             raise BadInput(f"sbatch refused the job of stage {stage}: {str(e).strip().splitlines()[-1]}") from None
@@ -181,7 +184,7 @@ def main(argv=None) -> int:
     try:
         args = arguments(argv)
         cfg = override(preset(args.scale, args.seed), args.set)
-        stages, cluster, out = pipeline.select(args.stage), pick_cluster(args.cluster), Path(args.out or f"runs/{args.scale}")
+        stages, cluster, out = pipeline.select(args.stage), pick_cluster(args.cluster, args.dry_run), Path(args.out or f"runs/{args.scale}")
         if args.dry_run: return dry_run(cfg, stages, out, cluster)
         if set(pipeline.check(cfg, stages, out).values()) == {"done"}:
             print(f"{', '.join(stages)}: finished before; nothing to do in {out}")

@@ -28,15 +28,16 @@ BAD = {
     "wrong type": (["--scale", "smoke", "--set", "rl.batch=many"], "rl.batch takes int"),
     "no value": (["--scale", "smoke", "--set", "rl.batch"], "field=value"),
     "not one of the choices": (["--scale", "smoke", "--set", "distill.loss=l2"], "sim, gsim, sid"),
+    "a reward of later": (["--scale", "smoke", "--set", "rl.reward=pickscore"], "classifier or clip"),
     "missing teacher": (["--scale", "smoke", "--stage", "distill"], "needs teacher.safetensors in runs/smoke; run --stage teacher first"),
     "missing student": (["--scale", "smoke", "--stage", "rl"], "run --stage distill first"),
     "out below a file": (["--scale", "smoke", "--out", "file/run"], "file/run"),
     "out is a file": (["--scale", "smoke", "--out", "file"], "file"),
     "out in /proc": (["--scale", "smoke", "--out", "/proc/run"], "/proc/run"),
-    "no Slurm": (["--scale", "smoke", "--cluster", "slurm", "--out", "file/run"], "file/run"),
+    "no Slurm": (["--scale", "smoke", "--cluster", "slurm"], "sbatch"),
     "base": (["--scale", "base"], "not built yet"),
     "large": (["--scale", "large", "--stage", "teacher"], "not built yet"),
-    "huge": (["--scale", "huge", "--cluster", "slurm"], "not built yet"),
+    "huge": (["--scale", "huge", "--cluster", "local"], "not built yet"),
 }
 
 
@@ -44,6 +45,7 @@ BAD = {
 def test_bad_input(case, launch, tmp_path, monkeypatch, capsys):
     argv, clue = BAD[case]
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "")
     (tmp_path / "file").write_text("in the way")
     before = contents(tmp_path)
     assert launch.main(argv) == 2
