@@ -69,6 +69,7 @@ class SamplingConfig:
     cfg: float = _of(1.2, "paper", "guidance: of the teacher, and hence of the student distilled from it")
     cfg_schedule: str = _of("constant", "paper", "constant | linear (grows with the share of tokens revealed)")
     temperature: float = _of(1.0, "MAR", "factor on the noise that the teacher's chain adds")
+    clip: float = _of(0.0, "MAR", "bound on the clean token that the chain predicts at each step; 0 = none (latents), 1 for pixels as in guided-diffusion")
     entry_abar: float = _of(0.15, "ours", "abar at t*, the one time at which the one-step generator is evaluated")
 
 
@@ -177,7 +178,7 @@ class Config:
 # %% ../nbs/00_config.ipynb #00-010
 _CHOICES = {"data.name": ("digits", "imagenet"), "sampling.cfg_schedule": ("constant", "linear"), "distill.loss": ("sim", "gsim", "sid"),
             "distill.distance": ("huber", "squared"), "distill.weight": ("eps", "score", "x0"), "rl.reward": ("classifier", "clip", "pickscore")}
-_ZERO_IS_FINE = {"seed", "teacher.warmup", "distill.warmup", "rl.warmup", "rl.anchor", "rl.grad_steps", "log.metric_every", "sampling.cfg", "sampling.temperature",
+_ZERO_IS_FINE = {"seed", "teacher.warmup", "distill.warmup", "rl.warmup", "rl.anchor", "rl.grad_steps", "log.metric_every", "sampling.cfg", "sampling.temperature", "sampling.clip",
                  "distill.alpha", "distill.t_min"}
 _SHARES = {"model.dropout", "teacher.label_drop", "teacher.mask_min"} | {f"{s}.{k}" for s in ("teacher", "distill", "rl")
            for k in ("beta1", "beta2", "weight_decay", "ema", "decay_from", "decay_to")}
@@ -216,7 +217,7 @@ _DIGITS = {
     "model.img_size": (8, "ours"), "model.vae_stride": (1, "ours"), "model.patch_size": (2, "ours"), "model.vae_embed_dim": (1, "ours"),
     "model.width": (64, "ours"), "model.depth": (2, "ours"), "model.heads": (4, "ours"), "model.buffer_size": (4, "ours"), "model.class_num": (10, "ours"),
     "model.head_depth": (3, "ours"), "model.head_width": (128, "ours"),
-    "sampling.K": (8, "ours"),
+    "sampling.K": (8, "ours"), "sampling.clip": (1.0, "ours"),
     "teacher.iterations": (2200, "ours"), "teacher.batch": (64, "ours"), "teacher.lr": (1e-3, "ours"), "teacher.warmup": (100, "ours"),
     "teacher.ema": (0.995, "ours"), "teacher.decay_from": (0.5, "ours"), "teacher.decay_to": (0.05, "ours"), "teacher.mask_min": (0.1, "ours"), "teacher.mask_std": (1.0, "ours"),
     "distill.iterations": (1500, "ours"), "distill.batch": (32, "ours"), "distill.lr": (2e-4, "ours"), "distill.lr_phi": (6e-4, "ours"),

@@ -120,7 +120,7 @@ class Chain:
     c_xt: Tensor           # posterior mean: factor on x_t
     log_var_min: Tensor    # log of the posterior variance
     log_var_max: Tensor    # log of beta
-    steps: tuple           # in sampling order, per step: (factor on x_t, on eps, on v, on the noise), Python floats
+    steps: tuple           # in sampling order, per step, Python floats: factor on x_t, on eps, on v, on the noise; x_0 from x_t, from eps; c_x0, c_xt
 
     @staticmethod
     def make(sched: Schedule,  # noise schedule
@@ -136,8 +136,8 @@ class Chain:
         lo, hi = (torch.cat([var[1:2], var[1:]]) if n > 1 else betas).log(), betas.log()
         h0, h1 = (hi + lo) / 4, (hi - lo) / 4
         scale = h0.exp() * (ts > ts[0])                                               # no noise in the last step
-        steps = torch.stack([(1 - betas).rsqrt(), -betas / ((1 - betas) * (1 - abar)).sqrt(), h1, scale], 1)
         c_x0, c_xt = betas * prev.sqrt() / (1 - abar), (1 - prev) * (1 - betas).sqrt() / (1 - abar)
+        steps = torch.stack([(1 - betas).rsqrt(), -betas / ((1 - betas) * (1 - abar)).sqrt(), h1, scale, abar.rsqrt(), -(1 / abar - 1).sqrt(), c_x0, c_xt], 1)
         tables = (x.to(sched.betas) for x in (betas, abar, prev, c_x0, c_xt, lo, hi))
         return Chain(n, ts.to(sched.betas.device), *tables, steps=tuple(map(tuple, steps.flip(0).tolist())))
 
@@ -146,18 +146,20 @@ def chain_sample(chain: Chain,             # tables of the kept steps
                  denoise,                  # (x_t [N, D], t [1] original time) -> (eps [N, D], v [N, D])
                  noise: Tensor,            # [1 + n, N, D] standard normal: where to start, then one row a step
                  temperature: float = 1.,  # factor on the noise added
+                 clip: float = 0.,         # bound on the entries of the predicted clean token, 0 = none
                  ) -> Tensor:              # [N, D] sampled tokens
     r"""$x\leftarrow\frac{1}{\sqrt{1-\beta}}\big(x-\frac{\beta}{\sigma}\hat\epsilon\big)+\kappa\,e^{h_0+h_1v}z$
-    over the kept times, largest first, $\kappa$ the temperature. Raises `BadInput` if `noise` has not 1 + n rows."""
+    over the kept times, largest first, $\kappa$ the temperature; with `clip`, the mean is $c_{x_0}\,\mathrm{clip}(\hat x_0)+c_{x_t}x$. Raises `BadInput` if `noise` has not 1 + n rows."""
     if len(noise) != 1 + chain.n: raise BadInput(f"noise with {len(noise)} rows: expected {1 + chain.n}, the start and one per step")
     x, times = noise[0], chain.timesteps.to(noise.device).flip(0).split(1)
-    for t, (f_x, f_eps, f_v, scale), z in zip(times, chain.steps, noise[1:].unbind(0)):
+    for t, (f_x, f_eps, f_v, scale, k_x, k_eps, c_x0, c_xt), z in zip(times, chain.steps, noise[1:].unbind(0)):
         eps, v = denoise(x, t)
-        x = torch.add(f_x * x, eps, alpha=f_eps)
+        if clip: x = torch.add(c_xt * x, torch.add(k_x * x, eps, alpha=k_eps).clamp_(-clip, clip), alpha=c_x0)
+        else: x = torch.add(f_x * x, eps, alpha=f_eps)
         if scale: x = torch.addcmul(x, (f_v * v).exp(), z, value=scale * temperature)
     return x
 
-# %% ../nbs/01_diffusion.ipynb #01-034
+# %% ../nbs/01_diffusion.ipynb #01-036
 def _gaussian_kl(m1, l1, m2, l2):
     r"$\frac12(\ell_2-\ell_1-1+e^{\ell_1-\ell_2}+(\mu_1-\mu_2)^2e^{-\ell_2})$, means and log-variances, in nats."
     return 0.5 * (l2 - l1 - 1 + (l1 - l2).exp() + (m1 - m2) ** 2 * (-l2).exp())
@@ -170,7 +172,7 @@ def _level_nll(x, mean, log_var):
     mass = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
     return -mass.clamp(min=1e-12).log()
 
-# %% ../nbs/01_diffusion.ipynb #01-035
+# %% ../nbs/01_diffusion.ipynb #01-037
 def diffusion_losses(sched: Schedule,   # noise schedule
                      eps_hat: Tensor,   # [N, D] predicted noise
                      v: Tensor,         # [N, D] predicted place of the log-variance, -1 to 1 from least to largest

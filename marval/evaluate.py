@@ -73,7 +73,7 @@ def _fidelity(images, reference, net, **metrics):
 def frechet(images: Tensor,     # [n, 1, 8, 8] generated, in [0, 1]
             reference: Tensor,  # [m, 1, 8, 8] real
             net: DigitNet,      # judge whose features are compared
-            ) -> float:         # >= 0, in squared units of the features
+            ) -> float:         # >= 0; 100 = the total variance of real digits' features
     r"$\lVert\mu_1-\mu_2\rVert^2+\operatorname{tr}(\Sigma_1+\Sigma_2-2(\Sigma_1\Sigma_2)^{1/2})$ (Heusel et al. 2017), computed by torch-fidelity."
     return _fidelity(images, reference, net, fid=True)["frechet_inception_distance"]
 
@@ -176,7 +176,7 @@ def seconds_per_image(draw,               # n -> n images; what is timed
 
 # %% ../nbs/13_evaluate.ipynb #13-035
 MODELS = ("teacher", "one_step_init", "student", "student_rl")
-MEASURES = dict(fd="Frechet distance to all real digits, held-out features, squared feature units; lower is better",
+MEASURES = dict(fd="Frechet distance to all real digits, held-out features, in percent of the variance of real digits; lower is better",
                 kid="kernel distance, same features; lower is better", precision="share of images near a real one", recall="share of real ones near an image",
                 accuracy="share of images that the held-out judge reads as asked", coverage="share of real digits with an image nearby",
                 diversity="mean pixel distance within a class, real = 1", reward="mean log p of the class, reward judge, nats",

@@ -29,7 +29,7 @@ class Node:
 
 GRAPH = dict(
     teacher=Node((), ("teacher.safetensors",), ("seed", "data", "model", "teacher")),
-    judges=Node((), ("judges/reward_net.safetensors", "judges/heldout_net.safetensors", "judges/clip.safetensors"), ("seed", "data")),
+    judges=Node((), ("judges/reward.safetensors", "judges/heldout.safetensors", "judges/clip.safetensors"), ("seed", "data")),
     distill=Node(("teacher", "judges"), ("student.safetensors",), ("seed", "data", "model", "sampling", "distill")),
     rl=Node(("distill", "judges"), ("student_rl.safetensors",), ("seed", "data", "model", "sampling", "rl")),
     evaluate=Node(("teacher", "judges", "distill", "rl"), ("metrics.json", "samples.png", "report.html"), ("seed", "data", "model", "sampling", "evaluate")))

@@ -40,7 +40,7 @@ def _rows(metrics):
 def results_table(metrics: dict,  # what metrics.json holds
                   ) -> str:       # aligned columns, and the speed-up in words
     "The result of a run, for the terminal."
-    speed = ", ".join(f"{v:.0f}x at batch {b}" for b, v in metrics["speedup"].items())
+    speed = ", ".join(f"{v:.3g}x at batch {b}" for b, v in metrics["speedup"].items())
     return show(_rows(metrics)) + f"\n\none step against the teacher's {metrics['chain_steps']}, both with K = {metrics['K']}: {speed}"
 
 # %% ../nbs/13_report.ipynb #13-008

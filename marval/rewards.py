@@ -43,12 +43,13 @@ class DigitNet(nn.Module):
         self.conv2 = nn.Conv2d(width, 2 * width, 3, padding=1, stride=2)         # 4x4
         self.conv3 = nn.Conv2d(2 * width, 2 * width, 3, padding=1)               # 4x4
         self.fc, self.out = nn.Linear(2 * width * 16, features), nn.Linear(features, classes)
+        self.register_buffer("unit", torch.ones(()))                             # what counts as 1 in feature space
 
     def features(self, images: Tensor  # [B, 1, 8, 8] in [0, 1]
                  ) -> Tensor:          # [B, 64]
         x = 2 * images - 1
         for conv in (self.conv1, self.conv2, self.conv3): x = F.silu(conv(x))
-        return F.silu(self.fc(rearrange(x, "b c h w -> b (c h w)")))
+        return F.silu(self.fc(rearrange(x, "b c h w -> b (c h w)"))) / self.unit
 
     def forward(self, images: Tensor   # [B, 1, 8, 8] in [0, 1]
                 ) -> Tensor:           # [B, 10] logits
@@ -102,7 +103,11 @@ def train_digit_net(images: Tensor,         # [n, 1, 8, 8] in [0, 1]
         return F.cross_entropy(net(augment(images[pick], g)), labels[pick])
 
     _fit(net.parameters(), loss, iterations, lr=3e-3)
-    return net.eval().requires_grad_(False)
+    net.eval().requires_grad_(False)
+    unit = (net.features(images).var(0).sum() / 100).sqrt()
+    net.unit.copy_(unit)
+    net.out.weight.mul_(unit)      # the logits stay what they were
+    return net
 
 
 @torch.no_grad()
@@ -247,7 +252,7 @@ def _load_net(path):
 # %% ../nbs/09_rewards.ipynb #09-039
 def train_judges(images: Tensor,              # [n, 1, 8, 8] in [0, 1]: all real scans
                  labels: Tensor,              # [n] long
-                 folder: Path | str,          # receives reward_net, heldout_net and clip (.safetensors) and judges.json
+                 folder: Path | str,          # receives reward, heldout and clip (.safetensors) and judges.json
                  seed: int = 0,               # seed of the split and of all training
                  iterations: int = 400,       # steps of each CNN
                  clip_iterations: int = 450,  # steps of the CLIP; 0 = no CLIP
@@ -257,10 +262,10 @@ def train_judges(images: Tensor,              # [n, 1, 8, 8] in [0, 1]: all real
     score = lambda hit: round(hit.float().mean().item(), 4)
     reward_net = train_digit_net(images[a], labels[a], 2 * seed, iterations, width=24)
     heldout_net = train_digit_net(images[b], labels[b], 2 * seed + 1, iterations, width=32)
-    report = {"reward_net": {"accuracy_on_b": score(classify(reward_net, images[b], labels[b])[0])},
-              "heldout_net": {"accuracy_on_a": score(classify(heldout_net, images[a], labels[a])[0])}}
-    _save(reward_net, folder/"reward_net.safetensors")
-    _save(heldout_net, folder/"heldout_net.safetensors")
+    report = {"reward": {"accuracy_on_b": score(classify(reward_net, images[b], labels[b])[0])},
+              "heldout": {"accuracy_on_a": score(classify(heldout_net, images[a], labels[a])[0])}}
+    _save(reward_net, folder/"reward.safetensors")
+    _save(heldout_net, folder/"heldout.safetensors")
     if clip_iterations:
         clip = train_clip(images[a], labels[a], seed, clip_iterations)
         with torch.no_grad(): nearest = (clip.encode_image(images[b]) @ ClipReward(clip, TEMPLATES[0]).text.T).argmax(-1)
@@ -288,7 +293,7 @@ def load_judges(folder: Path | str,    # as given to `train_judges`
                 ) -> Judges:
     "Read what `train_judges` wrote. Raises `BadInput` where a file is missing, broken or another network's."
     folder = Path(folder)
-    nets = [_load_net(folder/f"{name}.safetensors").to(device) for name in ("reward_net", "heldout_net")]
+    nets = [_load_net(folder/f"{name}.safetensors").to(device) for name in ("reward", "heldout")]
     return Judges(*nets, folder, device)
 
 

@@ -60,9 +60,11 @@ class TeacherChain:
     def __init__(self,
                  sched: Schedule,           # noise schedule, on the device of the model
                  n_steps: int = 100,        # steps of the chain
-                 temperature: float = 1.):  # factor on the noise that the chain adds
-        if not 0 <= temperature < math.inf: raise BadInput(f"temperature={temperature}: expected a finite number >= 0")
-        self.chain, self.temperature, self.rounds = Chain.make(sched, n_steps), temperature, 1 + n_steps
+                 temperature: float = 1.,   # factor on the noise that the chain adds
+                 clip: float = 0.):         # bound on the clean token predicted at each step, 0 = none (MAR)
+        for name, value in (("temperature", temperature), ("clip", clip)):
+            if not 0 <= value < math.inf: raise BadInput(f"{name}={value}: expected a finite number >= 0")
+        self.chain, self.temperature, self.clip, self.rounds = Chain.make(sched, n_steps), temperature, clip, 1 + n_steps
 
     def needs_null(self, cfg: float) -> bool: return cfg != 1
 
@@ -81,7 +83,7 @@ class TeacherChain:
             eps, v = model.head_from_cond(torch.cat([x, x]), t, cond)
             eps_c, eps_u = eps.chunk(2)
             return torch.lerp(eps_u, eps_c, cfg_k), v[:len(x)]
-        return chain_sample(self.chain, denoise, noise, self.temperature)
+        return chain_sample(self.chain, denoise, noise, self.temperature, self.clip)
 
 # %% ../nbs/03_sampling.ipynb #03-022
 class OneStep:

@@ -358,7 +358,7 @@ def masked_count(L: int,          # tokens of an image
     low = normal.cdf(mask_min)
     return min(L, max(1, math.ceil(L * normal.inv_cdf(low + u * (0.5 - low)))))
 
-# %% ../nbs/07_train.ipynb #07-056
+# %% ../nbs/07_train.ipynb #07-058
 class TeacherStage:
     "MAR's own training. `student` is the running average of the weights, the network that is kept."
     name = "teacher"
@@ -379,7 +379,7 @@ class TeacherStage:
         self.ema = EMA(self.model, self.t.ema)
         self.opt = make_adamw(self.model, self.t.lr, (self.t.beta1, self.t.beta2), self.t.weight_decay)
         self.sched = Schedule.cosine(device=self.device)
-        self.draw = TeacherChain(self.sched, min(20, cfg.sampling.chain_steps))
+        self.draw = TeacherChain(self.sched, min(20, cfg.sampling.chain_steps), clip=cfg.sampling.clip)
 
     @property
     def student(self) -> MAR:

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "slurm" / "launch.py"
 WEIGHTS = ("teacher.safetensors", "student.safetensors", "student_rl.safetensors",
-           "judges/reward_net.safetensors", "judges/heldout_net.safetensors", "judges/clip.safetensors")
+           "judges/reward.safetensors", "judges/heldout.safetensors", "judges/clip.safetensors")
 
 
 def environment(**more) -> dict:

@@ -1,0 +1,92 @@
+"A run that is killed again and again ends with the bits of one that nobody disturbed."
+import json
+import random
+import signal
+import time
+
+import pytest
+from conftest import Launched, contents, digests, wait_for
+
+from marval import pipeline
+from marval.config import preset
+
+TIMES = {"seconds", "seconds_per_image", "speedup"}
+
+
+def figures(out):
+    "Everything in metrics.json but what a clock has measured."
+    def strip(d): return {k: strip(v) for k, v in d.items() if k not in TIMES} if isinstance(d, dict) else d
+    return strip(json.loads((out / "metrics.json").read_text()))
+
+
+def seconds(out): return {stage: json.loads((out / "state" / stage / "done.json").read_text())["seconds"] for stage in pipeline.GRAPH}
+
+
+def test_uninterrupted(reference):
+    "Every product is there, the table is printed, and a second call has nothing to do."
+    out, printed = reference
+    assert all((out / name).is_file() for node in pipeline.GRAPH.values() for name in node.writes) and (out / "config.json").is_file()
+    assert all(name in printed for name in ("teacher", "one_step_init", "student_rl", "FD", "diversity"))
+    assert list((out / "state" / "teacher" / "samples").glob("*.png")) and (out / "state" / "distill" / "log.jsonl").is_file()
+    assert "<img" in (out / "report.html").read_text() and "http" not in (out / "report.html").read_text().split("base64,")[0]
+    before, weights = contents(out), digests(out)
+    status, stdout, stderr = Launched("--scale", "smoke", "--cluster", "local", "--out", out).end()
+    assert (status, stderr) == (0, "") and "nothing to do" in stdout and contents(out) == before
+    assert set(pipeline.run(preset("smoke"), pipeline.select("all"), out).values()) == {"skipped"} and digests(out) == weights
+
+
+def test_killed_at_five_random_moments(reference, tmp_path):
+    """SIGKILL once in each stage, at a moment drawn at random from the time the stage takes; in turns for the whole process group and for the launcher alone, whose
+    job must then end by itself. Then Ctrl-C, and then to the end."""
+    out, length, killed, rng = tmp_path / "run", seconds(reference[0]), 0, random.Random(time.time_ns())
+    argv = ("--scale", "smoke", "--cluster", "local", "--out", out)
+    for i, stage in enumerate(pipeline.GRAPH):
+        run, moment = Launched(*argv), rng.uniform(0, 0.8) * length[stage]
+        assert wait_for((out / "state" / stage / "settings.json").exists, run.process)
+        time.sleep(moment)
+        alive = run.process.poll() is None
+        run.signal(signal.SIGKILL, group=i % 2 == 0)
+        run.end()
+        assert run.gone(), "the job outlives its launcher"
+        killed += alive
+        print(f"killed {moment:.1f} s into {stage}, {length[stage]:.1f} s long; {'was running' if alive else 'had ended'}")
+    assert killed == 5
+    status, _, stderr = Launched(*argv).end()
+    assert status == 0, stderr
+    assert digests(out) == digests(reference[0]) and figures(out) == figures(reference[0])
+
+
+@pytest.mark.parametrize("group", [True, False], ids=["Ctrl-C", "SIGINT to the launcher"])
+def test_interrupted(group, tmp_path):
+    "The step is finished and saved, the command to go on with is shown, nothing runs on; and it does go on."
+    out = tmp_path / "run"
+    argv = ("--scale", "smoke", "--stage", "teacher", "--cluster", "local", "--out", out, "--set", "teacher.iterations=2000", "log.checkpoint_every=1000000")
+    run = Launched(*argv)
+    log = out / "state" / "teacher" / "log.jsonl"
+    assert wait_for(lambda: log.exists() and log.stat().st_size > 0, run.process)
+    run.signal(signal.SIGINT, group=group)
+    status, _, stderr = run.end()
+    last = stderr.splitlines()[-1]
+    assert status == 130 and last.startswith("interrupted: teacher stopped at step ") and str(out) in last and "launch.py" in last and "Traceback" not in stderr
+    assert run.gone(1)
+    step = int(last.split("step ")[1].split()[0])
+    import torch
+    assert torch.load(out / "state" / "teacher" / "checkpoint.pt", weights_only=True)["step"] == step >= 10
+    again = Launched(*argv)
+    assert wait_for(lambda: max(json.loads(line)["step"] for line in log.read_text().splitlines() if line.endswith("}")) > step + 10, again.process)
+    again.signal(signal.SIGTERM, group=False)
+    status, _, stderr = again.end()
+    assert status == 130 and int(stderr.splitlines()[-1].split("step ")[1].split()[0]) > step + 10
+
+
+def test_second_interrupt_stops_at_once(tmp_path):
+    "Outside the training loop there is no step to finish: a job that is slow to hear is killed by the second Ctrl-C."
+    out = tmp_path / "run"
+    run = Launched("--scale", "smoke", "--cluster", "local", "--stage", "teacher", "--out", out)
+    assert wait_for(lambda: list((out / "state" / "jobs").glob("*/*_log.out")), run.process)
+    run.signal(signal.SIGINT)
+    time.sleep(0.3)
+    if run.process.poll() is None: run.signal(signal.SIGINT)
+    status, _, stderr = run.end(timeout=30)
+    assert status == 130 and stderr.splitlines()[-1].startswith("interrupted") and run.gone()
+    assert not (out / "teacher.safetensors").exists()
