@@ -24,7 +24,7 @@ from .train import image_grid, save_png
 class Sampler:
     "A network with all that is needed to draw from it; `load` makes one."
     def __init__(self, model,       # a MAR, in evaluation mode
-                 meta: dict[str, str], # what was saved with it: stage, K, cfg, cfg_schedule, chain_steps, temperature, entry_abar
+                 meta: dict[str, str], # what was saved with it: stage, K, cfg, cfg_schedule, chain_steps, temperature, clip, entry_abar
                  ):
         self.model, self.meta, self.device = model, meta, model.mask_token.device
         self.chain_steps = int(meta.get("chain_steps", 100)) if meta.get("stage") == "teacher" else 0
@@ -44,7 +44,7 @@ class Sampler:
         if cfg is not None and not steps: raise BadInput(f"cfg={cfg}: a one-step generator has its guidance in its weights; expected a teacher, or no cfg")
         try: labels = torch.as_tensor(labels, dtype=torch.long, device=self.device)
         except (TypeError, ValueError, RuntimeError): raise BadInput(f"labels {labels!r}: expected integers from 0 to {m.class_num}") from None
-        draw = TeacherChain(self.sched, steps, float(meta.get("temperature", 1))) if steps else OneStep(self.sched, float(meta.get("entry_abar", .15)))
+        draw = TeacherChain(self.sched, steps, float(meta.get("temperature", 1)), float(meta.get("clip", 0))) if steps else OneStep(self.sched, float(meta.get("entry_abar", .15)))
         tokens = sample(self.model, labels, draw, int(meta.get("K", m.seq_len)) if K is None else K, float(meta.get("cfg", 1)) if cfg is None else cfg,
                         meta.get("cfg_schedule", "constant"), generator=torch.Generator(self.device).manual_seed(seed))
         return to_images(unpatchify(tokens, m.patch_size))

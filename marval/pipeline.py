@@ -215,7 +215,7 @@ def _drawer(cfg, kind, device):
     from marval.diffusion import Schedule
     from marval.sampling import OneStep, TeacherChain
     sched, s = Schedule.cosine(device=device), cfg.sampling
-    return TeacherChain(sched, s.chain_steps, s.temperature) if kind == "chain" else OneStep(sched, s.entry_abar)
+    return TeacherChain(sched, s.chain_steps, s.temperature, s.clip) if kind == "chain" else OneStep(sched, s.entry_abar)
 
 
 def draw_images(cfg: Config,   # the whole configuration: K, guidance, batch, seed
@@ -333,9 +333,11 @@ def _stoppable():
         if armed[0]:
             armed[0] = False
             raise Interrupted("stopped between two saves; run the same command again to go on")
-    for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP): signal.signal(s, stop)
+    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try: yield
-    finally: armed[0] = False
+    finally:
+        armed[0] = False
+        for s, handler in before.items(): signal.signal(s, handler)
 
 
 def _parent(pid):

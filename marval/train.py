@@ -358,7 +358,7 @@ def masked_count(L: int,          # tokens of an image
     low = normal.cdf(mask_min)
     return min(L, max(1, math.ceil(L * normal.inv_cdf(low + u * (0.5 - low)))))
 
-# %% ../nbs/07_train.ipynb #07-058
+# %% ../nbs/07_train.ipynb #07-056
 class TeacherStage:
     "MAR's own training. `student` is the running average of the weights, the network that is kept."
     name = "teacher"
