@@ -116,6 +116,8 @@ class DistillConfig:
     decay_from: float = _of(0.3, "ours", "share of the run after which theta's learning rate falls linearly")
     decay_to: float = _of(0.02, "ours", "theta's learning rate at the end, as a share of `lr`")
     phi_updates: int = _of(1, "ours", "updates of phi per update of theta")
+    phi_first: int = _of(1000, "ours", "iterations at the start in which phi alone learns, so that theta first moves once its score is known")
+    phi_mul: int = _of(4, "ours", "diffusion times drawn per token and update of phi")
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ class Config:
 _CHOICES = {"data.name": ("digits", "imagenet"), "sampling.cfg_schedule": ("constant", "linear"), "distill.loss": ("sim", "gsim", "sid"),
             "distill.distance": ("huber", "squared"), "distill.weight": ("eps", "score", "x0"), "rl.reward": ("classifier", "clip", "pickscore")}
 _ZERO_IS_FINE = {"seed", "teacher.warmup", "distill.warmup", "rl.warmup", "rl.anchor", "rl.grad_steps", "log.metric_every", "sampling.cfg", "sampling.temperature", "sampling.clip",
-                 "distill.alpha", "distill.t_min"}
+                 "distill.alpha", "distill.t_min", "distill.phi_first"}
 _SHARES = {"model.dropout", "teacher.label_drop", "teacher.mask_min"} | {f"{s}.{k}" for s in ("teacher", "distill", "rl")
            for k in ("beta1", "beta2", "weight_decay", "ema", "decay_from", "decay_to")}
 
@@ -221,7 +223,7 @@ _DIGITS = {
     "teacher.iterations": (2200, "ours"), "teacher.batch": (64, "ours"), "teacher.lr": (1e-3, "ours"), "teacher.warmup": (100, "ours"),
     "teacher.ema": (0.995, "ours"), "teacher.decay_from": (0.5, "ours"), "teacher.decay_to": (0.05, "ours"), "teacher.mask_min": (0.1, "ours"), "teacher.mask_std": (1.0, "ours"),
     "distill.iterations": (1500, "ours"), "distill.batch": (32, "ours"), "distill.lr": (2e-4, "ours"), "distill.lr_phi": (6e-4, "ours"),
-    "distill.ema": (0.99, "ours"), "distill.warmup": (0, "ours"),
+    "distill.ema": (0.99, "ours"), "distill.warmup": (0, "ours"), "distill.phi_first": (100, "ours"),
     "rl.iterations": (75, "ours"), "rl.batch": (64, "ours"), "rl.reward": ("classifier", "ours"), "rl.lr": (1e-4, "ours"), "rl.ema": (0.9, "ours"), "rl.warmup": (5, "ours"),
     "rl.prompt": ("a high-quality and harmonious picture of the digit {}", "ours"),
     "evaluate.n": (2000, "ours"), "evaluate.batch": (500, "ours"),
@@ -231,7 +233,7 @@ _SMOKE = _DIGITS | {
     "model.width": (32, "ours"), "model.depth": (1, "ours"), "model.heads": (2, "ours"), "model.buffer_size": (2, "ours"),
     "model.head_depth": (1, "ours"), "model.head_width": (32, "ours"), "sampling.K": (4, "ours"), "sampling.chain_steps": (5, "ours"),
     "teacher.iterations": (30, "ours"), "teacher.batch": (16, "ours"), "teacher.warmup": (5, "ours"),
-    "distill.iterations": (20, "ours"), "distill.batch": (8, "ours"), "rl.iterations": (8, "ours"), "rl.batch": (8, "ours"), "rl.warmup": (2, "ours"),
+    "distill.iterations": (20, "ours"), "distill.batch": (8, "ours"), "distill.phi_first": (4, "ours"), "rl.iterations": (8, "ours"), "rl.batch": (8, "ours"), "rl.warmup": (2, "ours"),
     "evaluate.n": (64, "ours"), "evaluate.batch": (64, "ours"), "evaluate.timing_repeats": (1, "ours"),
     "log.checkpoint_every": (4, "ours"), "log.sample_every": (10, "ours"), "log.metric_every": (0, "ours"),
 }

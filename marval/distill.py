@@ -136,9 +136,9 @@ class DistillStage(OneStepStage):
 
     def phi_loss(self, batch, generator: torch.Generator) -> Tensor:
         r"$L_\phi = E\lVert\hat\epsilon_\phi(x_t, t, c_\phi) - \epsilon\rVert^2$ on the student's own samples, per number."
-        with torch.no_grad(): x0 = self._generate(batch, generator)
+        with torch.no_grad(): x0 = self._generate(batch, generator).repeat(self.d.phi_mul, 1)
         x_t, t, eps = self._noised(x0, 0, self.sched.T, generator)
-        return (self.phi.head(x_t, t, masked_contexts(self.phi, *batch))[0] - eps).square().mean()
+        return (self.phi.head(x_t, t, masked_contexts(self.phi, *batch).repeat(self.d.phi_mul, 1))[0] - eps).square().mean()
 
     def theta_loss(self, batch, generator: torch.Generator) -> Tensor:
         r"$L_{\text{GSIM}}$ per token, with $\hat\epsilon_p = \hat\epsilon_u + \text{cfg}\,(\hat\epsilon_c - \hat\epsilon_u)$; phi's parameters stopped, gradients through $x_t$."
@@ -161,7 +161,7 @@ class DistillStage(OneStepStage):
     def step(self, i: int,                       # iteration
              generator: torch.Generator,         # the step's own randomness
              ) -> dict[str, Tensor]:             # 0-d tensors: theta's loss and phi's
-        "`phi_updates` updates of phi, then one of theta, each on a batch of its own."
+        "`phi_updates` updates of phi, then one of theta (not during the first `phi_first` steps), each on a batch of its own."
         draws, d = self.d.phi_updates + 1, self.d
         self.phi.requires_grad_(True)
         for j in range(d.phi_updates):
@@ -169,6 +169,7 @@ class DistillStage(OneStepStage):
             loss_phi.backward()
             clip_and_step(self.opt_phi, self.phi.parameters(), d.clip, d.lr_phi * lr_factor(i, self.iterations, d.warmup))
         self.phi.requires_grad_(False)
+        if i < d.phi_first: return dict(loss=loss_phi.detach(), phi=loss_phi.detach())
         loss = self.theta_loss(self._batch(i * draws + d.phi_updates, generator), generator)
         loss.backward()
         clip_and_step(self.opt_theta, self.theta.parameters(), d.clip, d.lr * lr_factor(i, self.iterations, d.warmup, d.decay_from, d.decay_to))

@@ -8,16 +8,7 @@ __all__ = ['Stage', 'step_seed', 'step_generator', 'batch_indices', 'lr_factor',
            'masked_count', 'TeacherStage']
 
 # %% ../nbs/07_train.ipynb #07-003
-import copy
-import hashlib
-import json
-import math
-import os
-import random
-import signal
-import sys
-import threading
-import time
+import copy, hashlib, json, math, os, random, signal, sys, threading, time
 from functools import lru_cache
 from pathlib import Path
 from statistics import NormalDist
@@ -387,7 +378,6 @@ class TeacherStage:
         return self.ema.module
 
     def modules(self) -> dict[str, nn.Module]: return dict(model=self.model, ema=self.ema.module)
-
     def optimizers(self) -> dict[str, torch.optim.Optimizer]: return dict(model=self.opt)
 
     def batch(self, i: int, generator: torch.Generator):
@@ -432,7 +422,7 @@ class TeacherStage:
     def images(self, n: int,    # how many, classes in turn
                seed: int,       # of orders and noise
                ) -> tuple[Tensor, Tensor]: # images [n, C, H, W] in [0, 1], labels [n]
-        "Images of the averaged network, by a short chain (20 steps): a look on the way, not a measurement."
+        "Images of the averaged network. Where predictions are clipped, a chain of 20 steps will do: a look on the way, not a measurement."
         m, s = self.cfg.model, self.cfg.sampling
         g = torch.Generator(self.device).manual_seed(seed)
         labels = torch.arange(n, device=self.device) % m.class_num

@@ -60,7 +60,7 @@ def test_killed_at_five_random_moments(reference, tmp_path):
 def test_interrupted(group, tmp_path):
     "The step is finished and saved, the command to go on with is shown, nothing runs on; and it does go on."
     out = tmp_path / "run"
-    argv = ("--scale", "smoke", "--stage", "teacher", "--cluster", "local", "--out", out, "--set", "teacher.iterations=2000", "log.checkpoint_every=1000000")
+    argv = ("--scale", "smoke", "--stage", "teacher", "--cluster", "local", "--out", out, "--set", "teacher.iterations=5000", "log.checkpoint_every=1000000", "log.sample_every=1000000")
     run = Launched(*argv)
     log = out / "state" / "teacher" / "log.jsonl"
     assert wait_for(lambda: log.exists() and log.stat().st_size > 0, run.process)
