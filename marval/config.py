@@ -106,7 +106,7 @@ class DistillConfig:
     t_min: int = _of(20, "ours", "least diffusion time of theta's loss, of T = 1000")
     t_max: int = _of(700, "ours", "largest diffusion time of theta's loss, of T = 1000")
     lr: float = _of(1e-5, "ours", "learning rate of theta")
-    lr_phi: float = _of(3e-5, "ours", "learning rate of phi")
+    lr_phi: float = _of(5e-5, "ours", "learning rate of phi")
     beta1: float = _of(0.0, "ours", "Adam beta 1, both networks")
     beta2: float = _of(0.99, "ours", "Adam beta 2, both networks")
     weight_decay: float = _of(0.0, "ours", "AdamW weight decay, both networks")
@@ -220,14 +220,15 @@ _DIGITS = {
     "model.width": (64, "ours"), "model.depth": (2, "ours"), "model.heads": (4, "ours"), "model.buffer_size": (4, "ours"), "model.class_num": (10, "ours"),
     "model.head_depth": (3, "ours"), "model.head_width": (128, "ours"),
     "sampling.K": (8, "ours"), "sampling.clip": (1.0, "ours"),
-    "teacher.iterations": (2200, "ours"), "teacher.batch": (64, "ours"), "teacher.lr": (1e-3, "ours"), "teacher.warmup": (100, "ours"),
-    "teacher.ema": (0.995, "ours"), "teacher.decay_from": (0.5, "ours"), "teacher.decay_to": (0.05, "ours"), "teacher.mask_min": (0.1, "ours"), "teacher.mask_std": (1.0, "ours"),
-    "distill.iterations": (1500, "ours"), "distill.batch": (32, "ours"), "distill.lr": (2e-4, "ours"), "distill.lr_phi": (6e-4, "ours"),
-    "distill.ema": (0.99, "ours"), "distill.warmup": (0, "ours"), "distill.phi_first": (100, "ours"),
+    "model.dropout": (0.0, "ours"),
+    "teacher.iterations": (3000, "ours"), "teacher.batch": (32, "ours"), "teacher.diffusion_mul": (2, "ours"), "teacher.lr": (1e-3, "ours"), "teacher.warmup": (100, "ours"),
+    "teacher.ema": (0.998, "ours"), "teacher.decay_from": (0.5, "ours"), "teacher.decay_to": (0.05, "ours"), "teacher.mask_min": (0.1, "ours"), "teacher.mask_std": (1.0, "ours"),
+    "distill.iterations": (2000, "ours"), "distill.batch": (16, "ours"), "distill.lr": (2e-4, "ours"), "distill.lr_phi": (1e-3, "ours"),
+    "distill.ema": (0.995, "ours"), "distill.warmup": (0, "ours"), "distill.phi_first": (150, "ours"),
     "rl.iterations": (75, "ours"), "rl.batch": (64, "ours"), "rl.reward": ("classifier", "ours"), "rl.lr": (1e-4, "ours"), "rl.ema": (0.9, "ours"), "rl.warmup": (5, "ours"),
     "rl.prompt": ("a high-quality and harmonious picture of the digit {}", "ours"),
     "evaluate.n": (2000, "ours"), "evaluate.batch": (500, "ours"),
-    "log.checkpoint_every": (100, "ours"), "log.sample_every": (250, "ours"), "log.metric_every": (250, "ours"),
+    "log.checkpoint_every": (200, "ours"), "log.sample_every": (500, "ours"), "log.metric_every": (250, "ours"),
 }
 _SMOKE = _DIGITS | {
     "model.width": (32, "ours"), "model.depth": (1, "ours"), "model.heads": (2, "ours"), "model.buffer_size": (2, "ours"),

@@ -185,6 +185,7 @@ _HASTY = dict(smoke=dict(iterations=40, clip_iterations=5))             # the te
 def _judges(cfg, out, device):
     from marval.rewards import train_judges
     _, images, labels = _data(cfg, device)
+    print("three small networks learn to read, half a minute or so", flush=True)
     train_judges(images, labels, out/"judges", cfg.seed, **_HASTY.get(cfg.scale, {}))
 
 
@@ -222,22 +223,26 @@ def draw_images(cfg: Config,   # the whole configuration: K, guidance, batch, se
                 model,         # a MAR
                 draw,          # its inner sampler
                 labels,        # [n] classes
+                title=None,    # name of a progress bar; None = no bar
                 ):             # [n, C, H, W] images in [0, 1]
     "Images whose orders and entry noise depend on the seed and on their place in `labels` alone, not on the model."
     import torch
     from marval.data import to_images
     from marval.mar import unpatchify
     from marval.sampling import draw_noise, random_orders, sample
-    from marval.train import step_seed
-    m, s, device, parts = cfg.model, cfg.sampling, labels.device, []
-    for i, y in enumerate(labels.split(cfg.evaluate.batch)):
-        g = torch.Generator(device).manual_seed(step_seed(cfg.seed, "evaluate", i))
-        orders = random_orders(len(y), m.seq_len, generator=g, device=device)
-        entry = draw_noise(len(y), m.seq_len, s.K, m.token_dim, 1, generator=g, device=device)
-        later = draw_noise(len(y), m.seq_len, s.K, m.token_dim, draw.rounds - 1, generator=g, device=device) if draw.rounds > 1 else [z[:0] for z in entry]
-        with torch.no_grad():
-            tokens = sample(model, y, draw, s.K, s.cfg, s.cfg_schedule, orders=orders, noise=[torch.cat(pair) for pair in zip(entry, later)])
-        parts.append(to_images(unpatchify(tokens, m.patch_size)))
+    from marval.train import _bar, step_seed
+    m, s, device, batches, parts = cfg.model, cfg.sampling, labels.device, labels.split(cfg.evaluate.batch), []
+    with _bar(title, 0, len(batches), bool(title)) as bar:
+        for i, y in enumerate(batches):
+            g = torch.Generator(device).manual_seed(step_seed(cfg.seed, "evaluate", i))
+            orders = random_orders(len(y), m.seq_len, generator=g, device=device)
+            noise = draw_noise(len(y), m.seq_len, s.K, m.token_dim, 1, generator=g, device=device)
+            if draw.rounds > 1:
+                later = draw_noise(len(y), m.seq_len, s.K, m.token_dim, draw.rounds - 1, generator=g, device=device)
+                noise = [torch.cat(pair) for pair in zip(noise, later)]
+            with torch.no_grad(): tokens = sample(model, y, draw, s.K, s.cfg, s.cfg_schedule, orders=orders, noise=noise)
+            parts.append(to_images(unpatchify(tokens, m.patch_size)))
+            bar.update()
     return torch.cat(parts)
 
 
@@ -259,9 +264,8 @@ def _evaluate(cfg, out, device):
     _, real, real_labels = _data(cfg, device)
     judges, labels, results, pictures = load_judges(out/"judges", device), torch.arange(cfg.evaluate.n, device=device) % cfg.model.class_num, {}, {}
     for name, (product, kind) in _MODELS.items():
-        print(f"  {name}: {len(labels)} images", flush=True)
         model, draw = _network(cfg, out/f"{product}.safetensors", device), _drawer(cfg, kind, device)
-        images = _drawn(out/"state"/"evaluate"/f"{name}.safetensors", lambda: draw_images(cfg, model, draw, labels)).to(device)
+        images = _drawn(out/"state"/"evaluate"/f"{name}.safetensors", lambda: draw_images(cfg, model, draw, labels, f"draw {name}")).to(device)
         time = seconds_per_image(lambda n: draw_images(cfg, model, draw, labels[:1].expand(n)), (1, 64), cfg.evaluate.timing_repeats)
         results[name], pictures[name] = measure(images, labels, judges, real, real_labels) | {"seconds_per_image": time}, images
     used, seconds = _history(out)

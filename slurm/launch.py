@@ -133,7 +133,9 @@ def local(cfg, stages, out, again: str) -> int:
         time.sleep(0.05)
     for tail in tails: tail()
     if stop.count and not job.paths.result_pickle.exists(): status, line = 130, "interrupted at once; run the same command again to go on"
-    elif not job.paths.result_pickle.exists() or job.exception(): status, line = 1, f"error: the job failed; its log: {job.paths.stderr}"
+    elif not job.paths.result_pickle.exists() or job.exception():
+        ensure_folder(out)                              # a disk too full for the result is the likeliest reason, and says so here
+        status, line = 1, f"error: the job failed; its log: {job.paths.stderr}"
     else: status, line = job.result()
     if status == 130: line = f"{line}: {again}"
     if line: print(line, file=sys.stderr, flush=True)
@@ -194,6 +196,9 @@ def main(argv=None) -> int:
         return slurm(cfg, stages, out) if cluster == "slurm" else local(cfg, stages, out, shlex.join(["python", sys.argv[0], *argv]))
     except BadInput as e:
         print(f"error: {e}", file=sys.stderr)
+        return 2
+    except OSError as e:
+        print(f"error: {e.strerror or e}: {e.filename or args.out or 'a pipe'}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped before anything was started", file=sys.stderr)

@@ -32,7 +32,7 @@ class Launched:
         "As Ctrl-C does, to the whole group; or to the launcher alone."
         (os.killpg if group else os.kill)(self.process.pid, number)
 
-    def end(self, timeout=300):
+    def end(self, timeout=900):
         "Exit status, stdout, stderr."
         try: out, err = self.process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
@@ -51,7 +51,7 @@ class Launched:
         return False
 
 
-def wait_for(condition, process, timeout=180):
+def wait_for(condition, process, timeout=600):
     "Wait until something is true, or the process has ended; returns whether it is true."
     end = time.monotonic() + timeout
     while time.monotonic() < end:

@@ -87,6 +87,6 @@ def test_second_interrupt_stops_at_once(tmp_path):
     run.signal(signal.SIGINT)
     time.sleep(0.3)
     if run.process.poll() is None: run.signal(signal.SIGINT)
-    status, _, stderr = run.end(timeout=30)
+    status, _, stderr = run.end()
     assert status == 130 and stderr.splitlines()[-1].startswith("interrupted") and run.gone()
     assert not (out / "teacher.safetensors").exists()

@@ -73,14 +73,14 @@ def test_jobs_run_fail_and_are_skipped(cluster, tmp_path):
     env, book = cluster
     out, here = tmp_path / "run", tmp_path / "here"
     assert launch(env, "--scale", "smoke", "--out", out).returncode == 0
-    assert job(env, book, 101).wait(200) == 0
+    assert job(env, book, 101).wait(600) == 0
     pipeline.run(preset("smoke"), ("teacher",), here)
     assert digests(out, ["teacher.safetensors"]) == digests(here, ["teacher.safetensors"])
     assert launch(env, "--scale", "smoke", "--out", out).returncode == 0           # what is finished is not submitted again
     assert flags(book / "106.sh")["job-name"] == "marval-smoke-judges" and "dependency" not in flags(book / "106.sh")
     shutil.copy(ROOT / "settings.ini", out / "state" / "teacher" / "checkpoint.pt")
     (out / "teacher.safetensors").unlink()
-    assert job(env, book, 101).wait(200) == 2
+    assert job(env, book, 101).wait(600) == 2
     log = next((out / "state" / "jobs").rglob("101_submitted.pkl")).parent / "101_0_log.err"
     assert not log.exists() or "Traceback" not in log.read_text()
 
@@ -95,8 +95,8 @@ def test_preempted_job_is_queued_again(cluster, tmp_path):
     while not checkpoint.exists() and first.poll() is None: time.sleep(0.02)
     pid = int((out / "state" / "lock").read_text())
     os.kill(pid, signal.SIGUSR2)
-    assert first.wait(60) != 0 and (book / "calls").read_text() == "scontrol requeue 101\n" and not (out / "teacher.safetensors").exists()
-    assert job(env, book, 101).wait(200) == 0
+    assert first.wait(600) != 0 and (book / "calls").read_text() == "scontrol requeue 101\n" and not (out / "teacher.safetensors").exists()
+    assert job(env, book, 101).wait(600) == 0
     from marval.config import override
     pipeline.run(override(preset("smoke"), cfg), ("teacher",), here)
     assert digests(out, ["teacher.safetensors"]) == digests(here, ["teacher.safetensors"])
