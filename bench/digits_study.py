@@ -3,7 +3,8 @@
 For each seed: the teacher at four guidance scales and with shorter chains, students at four guidance scales, the paper's L1 + L2 beside the SIM term alone, RL with and without the regulariser.
 Every training is a run folder of the pipeline, so that the study can be stopped and started again; `results.json` of a seed grows as figures come in.
 
-    python bench/digits_study.py --seed 0 --out runs/study          # about 45 minutes a seed on one core; seeds can run side by side
+    python bench/digits_study.py --seed 0 --out runs/study --chains # everything for one seed, about an hour on one core; seeds can run side by side
+    python bench/digits_study.py --seed 1 --out runs/study --jobs 2 # the two students of the main table alone
     python bench/digits_study.py --seed 0 --out /tmp/try --set teacher.iterations=20 --set distill.iterations=20 --set evaluate.n=200   # a trial
     python bench/digits_study.py --merge --out runs/study           # -> bench/results/digits_study.json
     python bench/digits_study.py --timing --out runs/study          # seconds per image, on an otherwise idle machine
@@ -25,14 +26,14 @@ from marval.pipeline import draw_images, run
 from marval.rewards import load_judges
 from marval.sampling import OneStep, TeacherChain
 
-CFGS, CHAINS = (1.0, 1.2, 2.0, 4.0), (5, 10, 25, 50, 100)
+CHAINS = (5, 10, 25, 50, 100)
+JOBS = [(1.2, "sid"), (2.0, "sid"), (1.2, "gsim"), (1.2, "sim"), (2.0, "gsim"), (2.0, "sim"), (1.0, "sid"), (4.0, "sid")]      # cfg, loss
 RESULTS = Path(__file__).parent/"results"/"digits_study.json"
 
 
 def student_settings(cfg: float, loss: str) -> list[str]:
-    "The recipe of a guidance scale: steeper targets want smaller steps and less noise."
-    lr, lr_phi, t_max = {1.0: (3e-4, 1e-3, 700), 1.2: (2e-4, 6e-4, 700), 2.0: (1e-4, 3e-4, 450), 4.0: (5e-5, 1.5e-4, 450)}[cfg]
-    return [f"sampling.cfg={cfg}", f"distill.loss={loss}", f"distill.lr={lr}", f"distill.lr_phi={lr_phi}", f"distill.t_max={t_max}"]
+    "One recipe, the preset's, for every guidance scale and every loss."
+    return [f"sampling.cfg={cfg}", f"distill.loss={loss}"]
 
 
 class Study:
@@ -73,32 +74,32 @@ class Study:
         write_json(self.path, self.results)
 
 
-def study(seed: int, out: Path, settings: list[str]):
-    "All figures of one seed, the important ones first."
+def study(seed: int, out: Path, settings: list[str], jobs: list[tuple[float, str]], chains: bool):
+    "All figures of one seed for the given (cfg, loss), in their order."
     s, sched = Study(seed, out, settings), Schedule.cosine()
-    chain, one = (lambda n=100: TeacherChain(sched, n)), OneStep(sched, preset("digits").sampling.entry_abar)
+    chain, one = (lambda n=100: TeacherChain(sched, n, clip=preset("digits").sampling.clip)), OneStep(sched, preset("digits").sampling.entry_abar)
     base = s.train("base", ("teacher", "judges"), {})
     teacher, judges = base/"teacher.safetensors", base/"judges"
     s.note("one_step_init", teacher, one)
     students = {}
-    for cfg, loss in [(1.2, "sim"), (2.0, "sim"), (1.2, "gsim"), (2.0, "gsim"), (1.0, "sim"), (4.0, "sim")]:
+    for cfg, loss in jobs:
         s.note(f"teacher cfg {cfg:g}", teacher, chain(), cfg)
         folder = s.train(f"{loss}-cfg{cfg:g}", ("distill",), {"teacher.safetensors": teacher, "judges": judges}, *student_settings(cfg, loss))
         students[loss, cfg] = folder/"student.safetensors"
         s.note(f"{loss} cfg {cfg:g}", students[loss, cfg], one)
         s.curve(f"curve {loss} cfg {cfg:g}", folder/"state"/"distill")
-        if (cfg, loss) != (1.2, "sim"): continue
+        if (cfg, loss) != (1.2, "sid"): continue
         for name, weight in (("anchored", s.config().rl.anchor), ("free", 0.0)):
-            policy = s.train(f"rl-{name}", ("rl",), {"student.safetensors": students["sim", 1.2], "judges": judges}, f"rl.anchor={weight}")
+            policy = s.train(f"rl-{name}", ("rl",), {"student.safetensors": students["sid", 1.2], "judges": judges}, f"rl.anchor={weight}")
             s.note(f"rl {name}", policy/"student_rl.safetensors", one)
-    for n in CHAINS[:-1]: s.note(f"teacher cfg 1.2 chain {n}", teacher, chain(n), 1.2)
+    for n in CHAINS[:-1] if chains else (): s.note(f"teacher cfg 1.2 chain {n}", teacher, chain(n), 1.2)
 
 
 def timing(out: Path):
     "Seconds per image of the teacher's chains and of one step, equal K, one thread."
     c, sched, weights = preset("digits"), Schedule.cosine(), load_weights(out/"seed0"/"base"/"teacher.safetensors")
     result = {"provenance": run_provenance() | {"threads": torch.get_num_threads(), "K": c.sampling.K, "cfg": c.sampling.cfg, "dtype": "float32"}}
-    for name, draw in {**{f"chain {n}": TeacherChain(sched, n) for n in CHAINS}, "one step": OneStep(sched, c.sampling.entry_abar)}.items():
+    for name, draw in {**{f"chain {n}": TeacherChain(sched, n, clip=c.sampling.clip) for n in CHAINS}, "one step": OneStep(sched, c.sampling.entry_abar)}.items():
         result[name] = seconds_per_image(lambda n: draw_images(c, weights, draw, torch.arange(n) % 10), (1, 64), c.evaluate.timing_repeats)
         print(name, result[name], flush=True)
     write_json(out/"timing.json", result)
@@ -117,10 +118,12 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--set", action="append", default=[], metavar="field=value")
+    parser.add_argument("--jobs", type=int, default=len(JOBS), metavar="N", help="only the first N of the (cfg, loss) pairs")
+    parser.add_argument("--chains", action="store_true", help="also the teacher with shorter chains")
     parser.add_argument("--timing", action="store_true")
     parser.add_argument("--merge", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.merge: merge(args.out)
     elif args.timing: timing(args.out)
-    else: study(args.seed, args.out, args.set)
+    else: study(args.seed, args.out, args.set, JOBS[:args.jobs], args.chains)

@@ -98,10 +98,10 @@ class DistillConfig:
     "Guided Score Implicit Matching: theta is the one-step generator, phi the auxiliary score network."
     iterations: int = _of(150_137, "paper", "updates of theta (30 epochs; the batch that turns them into steps is ours)")
     batch: int = _of(256, "ours", "images per step, over all devices")
-    loss: str = _of("sim", "ours", "sim (L1 alone) | gsim (the paper's L1 + L2) | sid (SiD's alpha)")
+    loss: str = _of("sid", "ours", "sim (L1 alone) | gsim (the paper's L1 + L2) | sid (L1 + 2 (1 - alpha) L2, SiD's alpha)")
     distance: str = _of("huber", "paper", "huber (Pseudo-Huber) | squared")
     r: float = _of(1e-5, "paper", "radius of the Pseudo-Huber distance, in units of y")
-    alpha: float = _of(1.2, "ours", "SiD's alpha, used by loss = sid alone")
+    alpha: float = _of(1.4, "ours", "SiD's alpha, used by loss = sid alone")
     weight: str = _of("eps", "ours", "units of y: eps (sigma s) | score | x0 (sigma^2 / a s)")
     t_min: int = _of(20, "ours", "least diffusion time of theta's loss, of T = 1000")
     t_max: int = _of(700, "ours", "largest diffusion time of theta's loss, of T = 1000")
@@ -228,7 +228,7 @@ _DIGITS = {
     "rl.iterations": (75, "ours"), "rl.batch": (64, "ours"), "rl.reward": ("classifier", "ours"), "rl.lr": (1e-4, "ours"), "rl.ema": (0.9, "ours"), "rl.warmup": (5, "ours"),
     "rl.prompt": ("a high-quality and harmonious picture of the digit {}", "ours"),
     "evaluate.n": (2000, "ours"), "evaluate.batch": (500, "ours"),
-    "log.checkpoint_every": (200, "ours"), "log.sample_every": (500, "ours"), "log.metric_every": (250, "ours"),
+    "log.checkpoint_every": (200, "ours"), "log.sample_every": (500, "ours"), "log.metric_every": (400, "ours"),
 }
 _SMOKE = _DIGITS | {
     "model.width": (32, "ours"), "model.depth": (1, "ours"), "model.heads": (2, "ours"), "model.buffer_size": (2, "ours"),

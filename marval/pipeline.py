@@ -29,7 +29,7 @@ class Node:
 
 GRAPH = dict(
     teacher=Node((), ("teacher.safetensors",), ("seed", "data", "model", "teacher")),
-    judges=Node((), ("judges/reward.safetensors", "judges/heldout.safetensors", "judges/clip.safetensors"), ("seed", "data")),
+    judges=Node((), ("judges/reward.safetensors", "judges/heldout.safetensors", "judges/clip.safetensors"), ("data",)),
     distill=Node(("teacher", "judges"), ("student.safetensors",), ("seed", "data", "model", "sampling", "distill")),
     rl=Node(("distill", "judges"), ("student_rl.safetensors",), ("seed", "data", "model", "sampling", "rl")),
     evaluate=Node(("teacher", "judges", "distill", "rl"), ("metrics.json", "samples.png", "report.html"), ("seed", "data", "model", "sampling", "evaluate")))
@@ -186,7 +186,7 @@ def _judges(cfg, out, device):
     from marval.rewards import train_judges
     _, images, labels = _data(cfg, device)
     print("three small networks learn to read, half a minute or so", flush=True)
-    train_judges(images, labels, out/"judges", cfg.seed, **_HASTY.get(cfg.scale, {}))
+    train_judges(images, labels, out/"judges", **_HASTY.get(cfg.scale, {}))
 
 
 def _distill(cfg, out, device):

@@ -71,7 +71,7 @@ def samples_png(images: dict,      # model -> [n, C, H, W] in [0, 1], C = 1 or 3
         ax.set(xticks=[], yticks=[(i + .5) * side for i in range(len(images))], yticklabels=[name.replace("_", " ") for name in images])
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
-    return _png(draw, 0.6 * columns + 1.2, 0.6 * len(images) * rows)
+    return _png(draw, 0.57 * columns + 1.1, 0.6 * len(images) * rows)
 
 # %% ../nbs/13_report.ipynb #13-012
 STAGES = ("teacher", "distill", "rl")
