@@ -183,13 +183,14 @@ def test_disk_full(tmp_path):
     finally: subprocess.run(["umount", str(disk)], check=True)
 
 
-@pytest.mark.parametrize("scale, size, iterations", [("smoke", "M", "30"), ("digits", "M", "2200"), ("base", "207.9 M", "500400"), ("large", "478.3 M", "500400"), ("huge", "942.4 M", "500400")])
-def test_dry_run(scale, size, iterations, launch, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("scale, size", [("smoke", "0.045 M"), ("digits", "0.550 M"), ("base", "207.9 M"), ("large", "478.3 M"), ("huge", "942.4 M")])
+def test_dry_run(scale, size, launch, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert launch.main(["--scale", scale, "--dry-run"]) == 0
     out, err = capsys.readouterr()
     rows = {line.split()[0]: line for line in out.splitlines()[1:] if line}
-    assert all(stage in rows for stage in pipeline.GRAPH) and size in rows["teacher"] and iterations in rows["teacher"]
+    assert all(stage in rows for stage in pipeline.GRAPH) and all(size in rows[stage] for stage in pipeline.STAGES)
+    for stage in ("teacher", "distill", "rl"): assert re.search(rf" {getattr(preset(scale), stage).iterations} +{getattr(preset(scale), stage).batch} ", rows[stage])
     assert f"runs/{scale}" in rows["folder"] and rows["GPUs"].split()[1] == ("8" if scale in ("base", "large", "huge") else "none")
     assert err == "" and not list(tmp_path.iterdir())
 
