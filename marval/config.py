@@ -225,7 +225,7 @@ _DIGITS = {
     "teacher.ema": (0.998, "ours"), "teacher.decay_from": (0.5, "ours"), "teacher.decay_to": (0.05, "ours"), "teacher.mask_min": (0.1, "ours"), "teacher.mask_std": (1.0, "ours"),
     "distill.iterations": (2000, "ours"), "distill.batch": (16, "ours"), "distill.lr": (2e-4, "ours"), "distill.lr_phi": (1e-3, "ours"),
     "distill.ema": (0.995, "ours"), "distill.warmup": (0, "ours"), "distill.phi_first": (150, "ours"),
-    "rl.iterations": (75, "ours"), "rl.batch": (64, "ours"), "rl.reward": ("classifier", "ours"), "rl.lr": (1e-4, "ours"), "rl.ema": (0.9, "ours"), "rl.warmup": (5, "ours"),
+    "rl.iterations": (50, "ours"), "rl.batch": (64, "ours"), "rl.anchor": (100.0, "ours"), "rl.reward": ("classifier", "ours"), "rl.lr": (1e-4, "ours"), "rl.ema": (0.9, "ours"), "rl.warmup": (5, "ours"),
     "rl.prompt": ("a high-quality and harmonious picture of the digit {}", "ours"),
     "evaluate.n": (2000, "ours"), "evaluate.batch": (500, "ours"),
     "log.checkpoint_every": (200, "ours"), "log.sample_every": (500, "ours"), "log.metric_every": (400, "ours"),

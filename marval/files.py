@@ -45,6 +45,7 @@ def atomic_write(path: Path | str,  # final name
     with writing(path):
         try:
             writer(temp)
+            temp.chmod(0o666 & ~_umask())           # some writers make files that nobody else may read
             _fsync(temp, os.O_RDWR)
             os.replace(temp, path)
             _fsync(path.parent, os.O_RDONLY)
@@ -54,6 +55,13 @@ def atomic_write(path: Path | str,  # final name
             raise
 
 # %% ../nbs/00_files.ipynb #00-010
+def _umask():
+    "The permissions that this process leaves out; they can only be read by setting them."
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
 def _fsync(path, flags):
     "Flush a file, or a folder's list of names, to the disk."
     fd = os.open(path, flags)

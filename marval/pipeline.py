@@ -208,6 +208,16 @@ def _rl(cfg, out, device):
     _fit(RLStage(cfg, student, reward, to_images, _measure(judges, images, labels), device), cfg, out, "student_rl.safetensors", device)
 
 # %% ../nbs/14_pipeline.ipynb #14-024
+@contextmanager
+def _threads(cfg, n):
+    "At most n threads, at the tiny scales."
+    import torch
+    before = torch.get_num_threads()
+    if cfg.scale in ("smoke", "digits"): torch.set_num_threads(min(n, os.cpu_count() or 1))
+    try: yield
+    finally: torch.set_num_threads(before)
+
+# %% ../nbs/14_pipeline.ipynb #14-025
 _MODELS = dict(teacher=("teacher", "chain"), one_step_init=("teacher", "one step"), student=("student", "one step"), student_rl=("student_rl", "one step"))
 
 
@@ -265,7 +275,8 @@ def _evaluate(cfg, out, device):
     judges, labels, results, pictures = load_judges(out/"judges", device), torch.arange(cfg.evaluate.n, device=device) % cfg.model.class_num, {}, {}
     for name, (product, kind) in _MODELS.items():
         model, draw = _network(cfg, out/f"{product}.safetensors", device), _drawer(cfg, kind, device)
-        images = _drawn(out/"state"/"evaluate"/f"{name}.safetensors", lambda: draw_images(cfg, model, draw, labels, f"draw {name}")).to(device)
+        with _threads(cfg, 2):
+            images = _drawn(out/"state"/"evaluate"/f"{name}.safetensors", lambda: draw_images(cfg, model, draw, labels, f"draw {name}")).to(device)
         time = seconds_per_image(lambda n: draw_images(cfg, model, draw, labels[:1].expand(n)), (1, 64), cfg.evaluate.timing_repeats)
         results[name], pictures[name] = measure(images, labels, judges, real, real_labels) | {"seconds_per_image": time}, images
     used, seconds = _history(out)
@@ -287,18 +298,8 @@ def _history(out):
         if (folder/"done.json").exists(): seconds[stage] = read_json(folder/"done.json")["seconds"]
     return used, seconds
 
-# %% ../nbs/14_pipeline.ipynb #14-026
+# %% ../nbs/14_pipeline.ipynb #14-027
 _RUN = dict(teacher=_teacher, judges=_judges, distill=_distill, rl=_rl, evaluate=_evaluate)
-
-
-@contextmanager
-def _threads(cfg):
-    "One thread for the tiny scales, as long as a run lasts."
-    import torch
-    before = torch.get_num_threads()
-    if cfg.scale in ("smoke", "digits"): torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(before)
 
 
 def run(cfg: Config,             # the whole configuration
@@ -312,7 +313,7 @@ def run(cfg: Config,             # the whole configuration
     ensure_folder(out)
     held = lock(out)
     try:
-        with _threads(cfg):
+        with _threads(cfg, 1):
             write_json(out/"config.json", cfg.dict())
             for i, stage in enumerate(stages):
                 found, start, folder = state(cfg, stage, out), time.monotonic(), out/"state"/stage
@@ -327,7 +328,7 @@ def run(cfg: Config,             # the whole configuration
     finally: held.close()
     return did
 
-# %% ../nbs/14_pipeline.ipynb #14-028
+# %% ../nbs/14_pipeline.ipynb #14-029
 @contextmanager
 def _stoppable():
     "SIGINT, SIGTERM and SIGHUP raise `Interrupted`, once."

@@ -211,7 +211,9 @@ class _Journal:
         end = 0
         self.file.seek(0)
         for line in iter(self.file.readline, ""):
-            if not line.endswith("\n") or json.loads(line)["step"] > step: break
+            try: keep = line.endswith("\n") and json.loads(line)["step"] <= step
+            except ValueError: keep = False                              # what a killed process or a power cut left
+            if not keep: break
             end = self.file.tell()
         with writing(self.folder): self.file.truncate(end)
         try: from torch.utils.tensorboard import SummaryWriter
@@ -299,7 +301,7 @@ def _bar(name, step, iterations, progress):
     from tqdm import tqdm
     tty, columns = sys.stderr.isatty(), os.environ.get("COLUMNS", "")
     width = int(columns) if columns.isdigit() and int(columns) else None
-    return tqdm(total=iterations, initial=step, desc=name, unit="step", disable=not progress, file=sys.stderr, smoothing=0.1,
+    return tqdm(total=iterations, initial=step, desc=name, disable=not progress, file=sys.stderr, smoothing=0.1, bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
                 ncols=width or (None if tty else 100), dynamic_ncols=tty and not width, mininterval=0.2 if tty or width else 10)
 
 # %% ../nbs/07_train.ipynb #07-043

@@ -183,7 +183,7 @@ def test_disk_full(tmp_path):
     finally: subprocess.run(["umount", str(disk)], check=True)
 
 
-@pytest.mark.parametrize("scale, size", [("smoke", "0.045 M"), ("digits", "0.550 M"), ("base", "207.9 M"), ("large", "478.3 M"), ("huge", "942.4 M")])
+@pytest.mark.parametrize("scale, size", [("smoke", "0.047 M"), ("digits", "0.550 M"), ("base", "207.9 M"), ("large", "478.3 M"), ("huge", "942.4 M")])
 def test_dry_run(scale, size, launch, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert launch.main(["--scale", scale, "--dry-run"]) == 0
