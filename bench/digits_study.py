@@ -26,15 +26,18 @@ from marval.pipeline import draw_images, run
 from marval.rewards import load_judges
 from marval.sampling import OneStep, TeacherChain
 
-T_MAX_STRONG = 450           # of 1000, at cfg >= 2
 CHAINS = (5, 10, 25, 50, 100)
 JOBS = [(1.2, "sid"), (2.0, "sid"), (1.2, "gsim"), (1.2, "sim"), (2.0, "gsim"), (2.0, "sim"), (1.0, "sid"), (4.0, "sid")]      # cfg, loss
+TRIES = {   # other recipes at cfg 2
+    "sid, t_max 450": ["distill.t_max=450"],
+    "sim, slow, t_max 450": ["distill.loss=sim", "distill.t_max=450", "distill.lr=1e-4", "distill.lr_phi=5e-4"],
+    "sim, slow": ["distill.loss=sim", "distill.lr=1e-4", "distill.lr_phi=5e-4"]}
 RESULTS = Path(__file__).parent/"results"/"digits_study.json"
 
 
 def student_settings(cfg: float, loss: str) -> list[str]:
-    "The preset's recipe for every loss. From cfg 2 on the noisy half of the times is left out: there, the guided score asks for what no density has (nbs/05_guidance.ipynb)."
-    return [f"sampling.cfg={cfg}", f"distill.loss={loss}"] + ([f"distill.t_max={T_MAX_STRONG}"] if cfg >= 2 else [])
+    "One recipe, the preset's, for every guidance scale and every loss."
+    return [f"sampling.cfg={cfg}", f"distill.loss={loss}"]
 
 
 class Study:
@@ -75,7 +78,7 @@ class Study:
         write_json(self.path, self.results)
 
 
-def study(seed: int, out: Path, settings: list[str], jobs: list[tuple[float, str]], chains: bool):
+def study(seed: int, out: Path, settings: list[str], jobs: list[tuple[float, str]], chains: bool, tries: list[str]):
     "All figures of one seed for the given (cfg, loss), in their order."
     s, sched = Study(seed, out, settings), Schedule.cosine()
     chain, one = (lambda n=100: TeacherChain(sched, n, clip=preset("digits").sampling.clip)), OneStep(sched, preset("digits").sampling.entry_abar)
@@ -93,6 +96,9 @@ def study(seed: int, out: Path, settings: list[str], jobs: list[tuple[float, str
         for name, weight in (("anchored", s.config().rl.anchor), ("free", 0.0)):
             policy = s.train(f"rl-{name}", ("rl",), {"student.safetensors": students["sid", 1.2], "judges": judges}, f"rl.anchor={weight}")
             s.note(f"rl {name}", policy/"student_rl.safetensors", one)
+    for name in tries:
+        folder = s.train(f"cfg2 {name}", ("distill",), {"teacher.safetensors": teacher, "judges": judges}, "sampling.cfg=2", *TRIES[name])
+        s.note(f"try cfg 2: {name}", folder/"student.safetensors", one)
     for n in CHAINS[:-1] if chains else (): s.note(f"teacher cfg 1.2 chain {n}", teacher, chain(n), 1.2)
 
 
@@ -121,10 +127,11 @@ if __name__ == "__main__":
     parser.add_argument("--set", action="append", default=[], metavar="field=value")
     parser.add_argument("--jobs", type=int, default=len(JOBS), metavar="N", help="only the first N of the (cfg, loss) pairs")
     parser.add_argument("--chains", action="store_true", help="also the teacher with shorter chains")
+    parser.add_argument("--try", dest="tries", nargs="*", default=[], choices=list(TRIES), metavar="NAME", help=f"other recipes at cfg 2: {', '.join(TRIES)}")
     parser.add_argument("--timing", action="store_true")
     parser.add_argument("--merge", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.merge: merge(args.out)
     elif args.timing: timing(args.out)
-    else: study(args.seed, args.out, args.set, JOBS[:args.jobs], args.chains)
+    else: study(args.seed, args.out, args.set, JOBS[:args.jobs], args.chains, args.tries)

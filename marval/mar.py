@@ -41,9 +41,9 @@ class _Attention(nn.Module):
 
     def forward(self, x):
         p = self.dropout if self.training else 0.0
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        x = rearrange(F.scaled_dot_product_attention(q, k, v, dropout_p=p), "b h n d -> b n (h d)")
-        return F.dropout(self.proj(x), p)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)              # b n (three h d) -> three b h n d
+        x = self.proj(F.scaled_dot_product_attention(q, k, v, dropout_p=p).transpose(1, 2).flatten(2)) # b h n d -> b n (h d)
+        return F.dropout(x, p) if p else x
 
 
 class _MLP(nn.Module):
@@ -54,7 +54,8 @@ class _MLP(nn.Module):
 
     def forward(self, x):
         p = self.dropout if self.training else 0.0
-        return F.dropout(self.fc2(F.dropout(F.gelu(self.fc1(x)), p)), p)
+        drop = (lambda y: F.dropout(y, p)) if p else (lambda y: y)
+        return drop(self.fc2(drop(F.gelu(self.fc1(x)))))
 
 
 class _Block(nn.Module):
