@@ -1,7 +1,7 @@
 """The digits experiments behind nbs/20_digits.ipynb: every figure there that one run cannot give.
 
 For each seed: the teacher at four guidance scales and with shorter chains, students at four guidance scales, the paper's L1 + L2 beside the SIM term alone, RL with and without the regulariser.
-Every training is a run folder of the pipeline, so that the study can be stopped and started again; `results.json` of a seed grows as figures come in.
+Trainings are longer than the preset's (`LONGER`). Every training is a run folder of the pipeline, so that the study can be stopped and started again; `results.json` of a seed grows as figures come in.
 
     python bench/digits_study.py --seed 0 --out runs/study --chains # everything for one seed, about an hour on one core; seeds can run side by side
     python bench/digits_study.py --seed 1 --out runs/study --jobs 2 # the two students of the main table alone
@@ -26,6 +26,7 @@ from marval.pipeline import draw_images, run
 from marval.rewards import load_judges
 from marval.sampling import OneStep, TeacherChain
 
+LONGER = ["teacher.iterations=3000", "distill.iterations=2000", "distill.phi_first=150"]        # the preset itself has to fit into ten minutes
 CHAINS = (5, 10, 25, 50, 100)
 JOBS = [(1.2, "sid"), (2.0, "sid"), (1.2, "gsim"), (1.2, "sim"), (2.0, "gsim"), (2.0, "sim"), (1.0, "sid"), (4.0, "sid")]      # cfg, loss
 TRIES = {   # other recipes at cfg 2
@@ -49,8 +50,8 @@ class Study:
         self.images, self.labels = load_digits_data()
 
     def config(self, *extra: str):
-        "The digits preset with the study's settings and some more."
-        return override(preset("digits", self.seed), [*self.settings, *extra])
+        "The digits preset, trained longer, with the study's settings and some more."
+        return override(preset("digits", self.seed), [*LONGER, *self.settings, *extra])
 
     def train(self, name: str, stages: tuple, inputs: dict, *extra: str) -> Path:
         "A run folder with these stages done, starting from products of other folders. Returns the folder."
@@ -116,7 +117,7 @@ def merge(out: Path):
     "All seeds and the timing in one file."
     seeds = {p.parent.name.removeprefix("seed"): json.loads(p.read_text()) for p in sorted(out.glob("seed*/results.json"))}
     RESULTS.parent.mkdir(exist_ok=True)
-    write_json(RESULTS, {"provenance": run_provenance(), "n": preset("digits").evaluate.n, "seeds": seeds, "timing": json.loads((out/"timing.json").read_text())})
+    write_json(RESULTS, {"provenance": run_provenance(), "n": preset("digits").evaluate.n, "settings": LONGER, "seeds": seeds, "timing": json.loads((out/"timing.json").read_text())})
     print(RESULTS)
 
 
