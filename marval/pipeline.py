@@ -175,7 +175,7 @@ def _fit(stage, cfg, out, product, device):
 
 
 def _teacher(cfg, out, device):
-    from marval.train import TeacherStage
+    from marval.teacher import TeacherStage
     tokens, _, labels = _data(cfg, device)
     _fit(TeacherStage(cfg, tokens, labels), cfg, out, "teacher.safetensors", device)
 

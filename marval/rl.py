@@ -14,10 +14,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .config import Config
-from .distill import OneStepStage, known_counts
+from .diffusion import Schedule
+from .distill import known_counts
 from .mar import MAR, unpatchify
-from .sampling import draw_noise, random_orders, reveal_counts, sample
-from .train import EMA, clip_and_step, lr_factor, make_adamw
+from .sampling import OneStep, draw_noise, random_orders, reveal_counts, sample
+from .train import EMA, Watched, clip_and_step, lr_factor, make_adamw
 
 # %% ../nbs/10_rl.ipynb #10-006
 @torch.no_grad()
@@ -40,7 +41,7 @@ def frozen_tokens(student: MAR,        # the frozen student
     return out
 
 # %% ../nbs/10_rl.ipynb #10-010
-class RLStage(OneStepStage):
+class RLStage(Watched):
     "Reward back-propagation. `student` is the running average of the policy, the network that is kept."
     name = "rl"
 
@@ -51,7 +52,7 @@ class RLStage(OneStepStage):
                  measure_fn=None,     # (images, labels) -> {name: value}
                  device="cpu",        # where everything lives
                  ):
-        super().__init__(cfg, decode, measure_fn, device)
+        super().__init__(cfg, OneStep(Schedule.cosine(device=device), cfg.sampling.entry_abar), decode, measure_fn, device)
         self.r, self.iterations, self.reward = cfg.rl, cfg.rl.iterations, reward
         self.frozen = student.to(device).eval().requires_grad_(False)
         self.policy = copy.deepcopy(self.frozen).requires_grad_(True)

@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['Stage', 'step_seed', 'step_generator', 'batch_indices', 'lr_factor', 'make_adamw', 'clip_and_step', 'EMA',
-           'save_checkpoint', 'load_checkpoint', 'read_log', 'Diverged', 'image_grid', 'save_png', 'Interrupted', 'fit',
-           'masked_count', 'TeacherStage']
+           'save_checkpoint', 'load_checkpoint', 'read_log', 'Diverged', 'image_grid', 'save_png', 'Watched',
+           'Interrupted', 'fit']
 
 # %% ../nbs/07_train.ipynb #07-003
-import copy, hashlib, json, math, os, random, signal, sys, threading, time
+import copy, hashlib, json, math, os, signal, sys, threading, time
 from functools import lru_cache
 from pathlib import Path
-from statistics import NormalDist
 from typing import Protocol
 
 import torch
@@ -19,10 +18,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .config import BadInput, Config, LogConfig
-from .diffusion import Schedule, diffusion_losses, q_sample
 from .files import atomic_write, ensure_folder, writing
 from .mar import MAR, unpatchify
-from .sampling import TeacherChain, draw_noise, random_orders, sample
+from .sampling import Draw, draw_noise, random_orders, sample
 
 # %% ../nbs/07_train.ipynb #07-004
 class Stage(Protocol):
@@ -278,10 +276,45 @@ def save_png(path: Path | str, # where
     atomic_write(path, lambda p: picture.save(p, format="PNG"))
 
 # %% ../nbs/07_train.ipynb #07-038
+class Watched:
+    "How a stage's `student` is drawn, pictured and measured as training goes on."
+    student: MAR
+
+    def __init__(self, cfg: Config,     # the whole configuration; `cfg.sampling`, `cfg.model` and `cfg.log` are used
+                 draw: Draw,            # how the student draws a token
+                 decode=None,           # latents [B, C, H, W] -> images in [0, 1]; None = the latents are pixels in [-1, 1]
+                 measure_fn=None,       # (images, labels [B]) -> {name: value}, called every `log.metric_every` steps
+                 device="cpu",          # where everything lives
+                 ):
+        self.cfg, self.draw, self.measure_fn, self.device = cfg, draw, measure_fn, device
+        self.decode = decode or (lambda z: ((z + 1) / 2).clamp(0, 1))
+
+    @torch.no_grad()
+    def images(self, n: int,     # how many, classes in turn
+               seed: int,        # of orders and noise, the same at every call
+               ) -> tuple[Tensor, Tensor]: # images [n, C, H, W] in [0, 1], labels [n]
+        "Images of the student as it is now."
+        m, s = self.cfg.model, self.cfg.sampling
+        g = torch.Generator(self.device).manual_seed(seed)
+        labels = torch.arange(n, device=self.device) % m.class_num
+        orders = random_orders(n, m.seq_len, generator=g, device=self.device)
+        noise = draw_noise(n, m.seq_len, s.K, m.token_dim, self.draw.rounds, generator=g, device=self.device)
+        tokens = sample(self.student, labels, self.draw, s.K, s.cfg, s.cfg_schedule, orders=orders, noise=noise)
+        return self.decode(unpatchify(tokens, m.patch_size)), labels
+
+    def pictures(self, i: int) -> Tensor:
+        "Four of each of the first ten classes."
+        return self.images(4 * min(self.cfg.model.class_num, 10), seed=0)[0]
+
+    def measure(self, i: int) -> dict[str, float]:
+        "What `measure_fn` says of `log.metric_n` images."
+        return self.measure_fn(*self.images(self.cfg.log.metric_n, seed=1)) if self.measure_fn else {}
+
+# %% ../nbs/07_train.ipynb #07-041
 class Interrupted(Exception):
     "A stage was asked to stop, has saved itself, and can be continued. The message is one line."
 
-# %% ../nbs/07_train.ipynb #07-039
+# %% ../nbs/07_train.ipynb #07-042
 class _Signals:
     "Notes SIGINT and SIGTERM in `.came` while open. Python delivers signals to the main thread alone; elsewhere this does nothing."
     def __enter__(self):
@@ -295,7 +328,7 @@ class _Signals:
     def __exit__(self, *_):
         for s, handler in self.before.items(): signal.signal(s, handler if handler is not None else signal.SIG_DFL)
 
-# %% ../nbs/07_train.ipynb #07-041
+# %% ../nbs/07_train.ipynb #07-044
 def _bar(name, step, iterations, progress):
     "A tqdm bar that fits where it is shown."
     from tqdm import tqdm
@@ -304,7 +337,7 @@ def _bar(name, step, iterations, progress):
     return tqdm(total=iterations, initial=step, desc=name, disable=not progress, file=sys.stderr, smoothing=0.1, bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
                 ncols=width or (None if tty else 100), dynamic_ncols=tty and not width, mininterval=0.2 if tty or width else 10)
 
-# %% ../nbs/07_train.ipynb #07-043
+# %% ../nbs/07_train.ipynb #07-046
 def fit(stage: Stage,      # what to train; filled from the checkpoint where there is one
         folder: Path,      # for checkpoint.pt, log.jsonl, tb/ and samples/
         seed: int,         # seed of the run
@@ -339,104 +372,3 @@ def fit(stage: Stage,      # what to train; filled from the checkpoint where the
                     journal.sync()
                     save_checkpoint(folder/_CHECKPOINT, stage, seed, step, seconds(), window)
                 if stop: raise Interrupted(f"{stage.name} stopped at step {step} of {n} and is saved; run the same command again to go on")
-
-# %% ../nbs/07_train.ipynb #07-052
-def masked_count(L: int,          # tokens of an image
-                 mask_min: float, # least masked share
-                 mask_std: float, # s, spread of the normal around 1
-                 u: float,        # uniform in (0, 1]
-                 ) -> int:        # masked tokens, 1 to L
-    r"$\lceil L r\rceil$, $r \sim N(1, s^2)$ cut off to $[r_{\min}, 1]$, by inversion (MAR)."
-    normal = NormalDist(1.0, mask_std)
-    low = normal.cdf(mask_min)
-    return min(L, max(1, math.ceil(L * normal.inv_cdf(low + u * (0.5 - low)))))
-
-# %% ../nbs/07_train.ipynb #07-056
-class TeacherStage:
-    "MAR's own training. `student` is the running average of the weights, the network that is kept."
-    name = "teacher"
-
-    def __init__(self, cfg: Config,     # the whole configuration; `cfg.teacher` is used, and `cfg.sampling` for pictures
-                 tokens: Tensor,        # [n, L, D] images as tokens
-                 labels: Tensor,        # [n] their classes, long
-                 device=None,           # where everything lives; None = where the tokens are
-                 decode=None,           # latents -> images in [0, 1]; None = the latents are pixels in [-1, 1]
-                 measure_fn=None,       # (images, labels) -> {name: value}, called every `log.metric_every` steps
-                 ):
-        self.cfg, self.t, self.iterations = cfg, cfg.teacher, cfg.teacher.iterations
-        self.device = tokens.device if device is None else torch.device(device)
-        self.tokens, self.labels = tokens.to(self.device), labels.to(self.device)
-        self.decode, self.measure_fn = decode or (lambda z: ((z + 1) / 2).clamp(0, 1)), measure_fn
-        step_generator(cfg.seed, self.name + "/init", 0)
-        self.model = MAR(cfg.model).to(self.device).train()
-        self.ema = EMA(self.model, self.t.ema)
-        self.opt = make_adamw(self.model, self.t.lr, (self.t.beta1, self.t.beta2), self.t.weight_decay)
-        self.sched = Schedule.cosine(device=self.device)
-        self.draw = TeacherChain(self.sched, min(20, cfg.sampling.chain_steps), clip=cfg.sampling.clip)
-
-    @property
-    def student(self) -> MAR:
-        "The running average of the weights."
-        return self.ema.module
-
-    def modules(self) -> dict[str, nn.Module]: return dict(model=self.model, ema=self.ema.module)
-    def optimizers(self) -> dict[str, torch.optim.Optimizer]: return dict(model=self.opt)
-
-    def batch(self, i: int, generator: torch.Generator):
-        "Tokens [B, L, D], order [B, L], number of visible tokens, labels [B] of step i."
-        t, m = self.t, self.cfg.model
-        rows = batch_indices(len(self.labels), t.batch, i, self.cfg.seed, self.name, self.device)
-        dropped = torch.rand(t.batch, generator=generator, device=self.device) < t.label_drop
-        labels = torch.where(dropped, m.class_num, self.labels[rows])
-        order = random_orders(t.batch, m.seq_len, generator=generator, device=self.device)
-        u = 1 - random.Random(step_seed(self.cfg.seed, self.name + "/mask", i)).random()
-        return self.tokens[rows], order, m.seq_len - masked_count(m.seq_len, t.mask_min, t.mask_std, u), labels
-
-    def losses(self, x: Tensor,             # [B, L, D] tokens
-               order: Tensor,               # [B, L] visible positions first
-               n_known: int,                # how many are visible
-               labels: Tensor,              # [B] classes, class_num = none
-               generator: torch.Generator,  # for times and noise
-               ) -> tuple[Tensor, Tensor]:  # mse [N], vb [N], N = diffusion_mul B (L - n_known)
-        r"$\lVert\hat\epsilon(a_t x + \sigma_t\epsilon, t, c) - \epsilon\rVert^2$ and the variational bound, per masked token and draw of $(t, \epsilon)$."
-        gather = lambda y: rearrange(y.gather(1, order[:, n_known:, None].expand(-1, -1, y.shape[-1])), "b m d -> (b m) d")
-        cond = self.model.head_cond(gather(self.model.contexts(x, order, n_known, labels))).repeat(self.t.diffusion_mul, 1)
-        x0 = gather(x).repeat(self.t.diffusion_mul, 1)
-        t = torch.randint(self.sched.T, x0.shape[:1], generator=generator, device=self.device)
-        eps = torch.randn(x0.shape, generator=generator, device=self.device)
-        x_t = q_sample(self.sched, x0, t, eps)
-        eps_hat, v = self.model.head_from_cond(x_t, t, cond)
-        return diffusion_losses(self.sched, eps_hat, v, x0, x_t, eps, t)
-
-    def step(self, i: int,                # number of the step
-             generator: torch.Generator,  # the step's own randomness
-             ) -> dict[str, Tensor]:      # 0-d: loss, its two parts, norm of the gradient
-        "One update of the network, one of the average."
-        t = self.t
-        mse, vb = (x.mean() for x in self.losses(*self.batch(i, generator), generator))
-        loss = mse + vb
-        loss.backward()
-        norm = clip_and_step(self.opt, self.model.parameters(), t.clip, t.lr * lr_factor(i, self.iterations, t.warmup, t.decay_from, t.decay_to))
-        self.ema.update(self.model)
-        return dict(loss=loss.detach(), mse=mse.detach(), vb=vb.detach(), grad_norm=norm)
-
-    @torch.no_grad()
-    def images(self, n: int,    # how many, classes in turn
-               seed: int,       # of orders and noise
-               ) -> tuple[Tensor, Tensor]: # images [n, C, H, W] in [0, 1], labels [n]
-        "Images of the averaged network. Where predictions are clipped, a chain of 20 steps will do: a look on the way, not a measurement."
-        m, s = self.cfg.model, self.cfg.sampling
-        g = torch.Generator(self.device).manual_seed(seed)
-        labels = torch.arange(n, device=self.device) % m.class_num
-        orders = random_orders(n, m.seq_len, generator=g, device=self.device)
-        noise = draw_noise(n, m.seq_len, s.K, m.token_dim, self.draw.rounds, generator=g, device=self.device)
-        tokens = sample(self.student, labels, self.draw, s.K, s.cfg, s.cfg_schedule, orders=orders, noise=noise)
-        return self.decode(unpatchify(tokens, m.patch_size)), labels
-
-    def pictures(self, i: int) -> Tensor:
-        "A grid on fixed noise, so that successive grids show one and the same image change."
-        return self.images(4 * min(self.cfg.model.class_num, 10), seed=0)[0]
-
-    def measure(self, i: int) -> dict[str, float]:
-        "What `measure_fn` says of `log.metric_n` images."
-        return self.measure_fn(*self.images(self.cfg.log.metric_n, seed=1)) if self.measure_fn else {}
