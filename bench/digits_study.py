@@ -1,9 +1,10 @@
 """The digits experiments behind nbs/20_digits.ipynb: every figure there that one run cannot give.
 
-For each seed: the teacher at four guidance scales and with shorter chains, students at four guidance scales, the paper's L1 + L2 beside the SIM term alone, RL with and without the regulariser.
-Trainings are longer than the preset's (`LONGER`). Every training is a run folder of the pipeline, so that the study can be stopped and started again; `results.json` of a seed grows as figures come in.
+For each seed: the teacher at four guidance scales and with shorter chains, students at four guidance scales, the paper's L1 + L2 beside the SIM term alone and SiD's alpha, guidance at all noise
+levels beside guidance below `t_guide`, RL with and without the regulariser. All settings are the digits preset's but for what a name says. Every training is a run folder of the pipeline, so that the
+study can be stopped and started again; `results.json` of a seed grows as figures come in, each with the commit that it was made with.
 
-    python bench/digits_study.py --seed 0 --out runs/study --chains # everything for one seed, about an hour on one core; seeds can run side by side
+    python bench/digits_study.py --seed 0 --out runs/study --chains --try # everything for one seed, about an hour on one core; seeds can run side by side
     python bench/digits_study.py --seed 1 --out runs/study --jobs 2 # the two students of the main table alone
     python bench/digits_study.py --seed 0 --out /tmp/try --set teacher.iterations=20 --set distill.iterations=20 --set evaluate.n=200   # a trial
     python bench/digits_study.py --merge --out runs/study           # -> bench/results/digits_study.json
@@ -15,24 +16,21 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from marval.config import override, preset
 from marval.data import load_digits_data
 from marval.diffusion import Schedule
-from marval.evaluate import measure, run_provenance, seconds_per_image
+from marval.evaluate import frechet, measure, run_provenance, seconds_per_image
 from marval.files import write_json
 from marval.mar import load_weights
 from marval.pipeline import draw_images, run
 from marval.rewards import load_judges
 from marval.sampling import OneStep, TeacherChain
 
-LONGER = ["teacher.iterations=3000", "distill.iterations=2000", "distill.phi_first=150"]        # the preset itself has to fit into ten minutes
 CHAINS = (5, 10, 25, 50, 100)
 JOBS = [(1.2, "sid"), (2.0, "sid"), (1.2, "gsim"), (1.2, "sim"), (2.0, "gsim"), (2.0, "sim"), (1.0, "sid"), (4.0, "sid")]      # cfg, loss
-TRIES = {   # other recipes at cfg 2
-    "sid, t_max 450": ["distill.t_max=450"],
-    "sim, slow, t_max 450": ["distill.loss=sim", "distill.t_max=450", "distill.lr=1e-4", "distill.lr_phi=5e-4"],
-    "sim, slow": ["distill.loss=sim", "distill.lr=1e-4", "distill.lr_phi=5e-4"]}
+TRIES = (1000, 300, 600, 150)   # t_guide at cfg 2; 1000 = guided at all noise levels, the paper
 RESULTS = Path(__file__).parent/"results"/"digits_study.json"
 
 
@@ -51,7 +49,7 @@ class Study:
 
     def config(self, *extra: str):
         "The digits preset, trained longer, with the study's settings and some more."
-        return override(preset("digits", self.seed), [*LONGER, *self.settings, *extra])
+        return override(preset("digits", self.seed), [*self.settings, *extra])
 
     def train(self, name: str, stages: tuple, inputs: dict, *extra: str) -> Path:
         "A run folder with these stages done, starting from products of other folders. Returns the folder."
@@ -63,12 +61,15 @@ class Study:
         return folder
 
     def note(self, key: str, weights: Path, draw, cfg: float = 1.0):
-        "Measure a model, unless that was done."
+        "Measure a model, unless that was done. A one-step model is also held against the images that the teacher's chain drew at `cfg`: `fd_teacher`."
         if key in self.results: return
-        c = self.config(f"sampling.cfg={cfg}")
-        labels = torch.arange(c.evaluate.n) % c.model.class_num
+        c, kept = self.config(f"sampling.cfg={cfg}"), self.out/f"teacher-cfg{cfg:g}.safetensors"
+        labels, judges = torch.arange(c.evaluate.n) % c.model.class_num, load_judges(self.out/"base"/"judges")
         images = draw_images(c, load_weights(weights), draw, labels)
-        self.results[key] = measure(images, labels, load_judges(self.out/"base"/"judges"), self.images, self.labels)
+        result = measure(images, labels, judges, self.images, self.labels)
+        if key == f"teacher cfg {cfg:g}": save_file({"images": images}, kept)
+        elif kept.exists(): result["fd_teacher"] = frechet(images, load_file(kept)["images"], judges.heldout_net)
+        self.results[key] = result | {"commit": run_provenance()["commit"]}
         write_json(self.path, self.results)
         print(f"seed {self.seed}  {key:32s} " + "  ".join(f"{k} {v:.3f}" for k, v in self.results[key].items() if isinstance(v, float)), flush=True)
 
@@ -79,7 +80,7 @@ class Study:
         write_json(self.path, self.results)
 
 
-def study(seed: int, out: Path, settings: list[str], jobs: list[tuple[float, str]], chains: bool, tries: list[str]):
+def study(seed: int, out: Path, settings: list[str], jobs: list[tuple[float, str]], chains: bool, tries: tuple[int, ...]):
     "All figures of one seed for the given (cfg, loss), in their order."
     s, sched = Study(seed, out, settings), Schedule.cosine()
     chain, one = (lambda n=100: TeacherChain(sched, n, clip=preset("digits").sampling.clip)), OneStep(sched, preset("digits").sampling.entry_abar)
@@ -91,15 +92,15 @@ def study(seed: int, out: Path, settings: list[str], jobs: list[tuple[float, str
         s.note(f"teacher cfg {cfg:g}", teacher, chain(), cfg)
         folder = s.train(f"{loss}-cfg{cfg:g}", ("distill",), {"teacher.safetensors": teacher, "judges": judges}, *student_settings(cfg, loss))
         students[loss, cfg] = folder/"student.safetensors"
-        s.note(f"{loss} cfg {cfg:g}", students[loss, cfg], one)
+        s.note(f"{loss} cfg {cfg:g}", students[loss, cfg], one, cfg)
         s.curve(f"curve {loss} cfg {cfg:g}", folder/"state"/"distill")
         if (cfg, loss) != (1.2, "sid"): continue
         for name, weight in (("anchored", s.config().rl.anchor), ("free", 0.0)):
             policy = s.train(f"rl-{name}", ("rl",), {"student.safetensors": students["sid", 1.2], "judges": judges}, f"rl.anchor={weight}")
-            s.note(f"rl {name}", policy/"student_rl.safetensors", one)
-    for name in tries:
-        folder = s.train(f"cfg2 {name}", ("distill",), {"teacher.safetensors": teacher, "judges": judges}, "sampling.cfg=2", *TRIES[name])
-        s.note(f"try cfg 2: {name}", folder/"student.safetensors", one)
+            s.note(f"rl {name}", policy/"student_rl.safetensors", one, cfg)
+    for t in tries:
+        folder = s.train(f"t_guide-{t}", ("distill",), {"teacher.safetensors": teacher, "judges": judges}, *student_settings(2.0, "sid"), f"distill.t_guide={t}")
+        s.note(f"sid cfg 2 t_guide {t}", folder/"student.safetensors", one, 2.0)
     for n in CHAINS[:-1] if chains else (): s.note(f"teacher cfg 1.2 chain {n}", teacher, chain(n), 1.2)
 
 
@@ -117,7 +118,7 @@ def merge(out: Path):
     "All seeds and the timing in one file."
     seeds = {p.parent.name.removeprefix("seed"): json.loads(p.read_text()) for p in sorted(out.glob("seed*/results.json"))}
     RESULTS.parent.mkdir(exist_ok=True)
-    write_json(RESULTS, {"provenance": run_provenance(), "n": preset("digits").evaluate.n, "settings": LONGER, "seeds": seeds, "timing": json.loads((out/"timing.json").read_text())})
+    write_json(RESULTS, {"provenance": run_provenance(), "n": preset("digits").evaluate.n, "t_guide": preset("digits").distill.t_guide, "seeds": seeds, "timing": json.loads((out/"timing.json").read_text())})
     print(RESULTS)
 
 
@@ -128,11 +129,11 @@ if __name__ == "__main__":
     parser.add_argument("--set", action="append", default=[], metavar="field=value")
     parser.add_argument("--jobs", type=int, default=len(JOBS), metavar="N", help="only the first N of the (cfg, loss) pairs")
     parser.add_argument("--chains", action="store_true", help="also the teacher with shorter chains")
-    parser.add_argument("--try", dest="tries", nargs="*", default=[], choices=list(TRIES), metavar="NAME", help=f"other recipes at cfg 2: {', '.join(TRIES)}")
+    parser.add_argument("--try", dest="tries", action="store_true", help="also other values of t_guide at cfg 2")
     parser.add_argument("--timing", action="store_true")
     parser.add_argument("--merge", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.merge: merge(args.out)
     elif args.timing: timing(args.out)
-    else: study(args.seed, args.out, args.set, JOBS[:args.jobs], args.chains, args.tries)
+    else: study(args.seed, args.out, args.set, JOBS[:args.jobs], args.chains, TRIES if args.tries else ())

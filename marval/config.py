@@ -105,6 +105,7 @@ class DistillConfig:
     weight: str = _of("eps", "ours", "units of y: eps (sigma s) | score | x0 (sigma^2 / a s)")
     t_min: int = _of(20, "ours", "least diffusion time of theta's loss, of T = 1000")
     t_max: int = _of(700, "ours", "largest diffusion time of theta's loss, of T = 1000")
+    t_guide: int = _of(1000, "paper", "theta's loss sees the guided score below this time, the conditional one from there on; 1000 = guided everywhere")
     lr: float = _of(1e-5, "ours", "learning rate of theta")
     lr_phi: float = _of(5e-5, "ours", "learning rate of phi")
     beta1: float = _of(0.0, "ours", "Adam beta 1, both networks")
@@ -223,7 +224,7 @@ _DIGITS = {
     "model.dropout": (0.0, "ours"),
     "teacher.iterations": (2000, "ours"), "teacher.batch": (32, "ours"), "teacher.diffusion_mul": (2, "ours"), "teacher.lr": (1e-3, "ours"), "teacher.warmup": (100, "ours"),
     "teacher.ema": (0.998, "ours"), "teacher.decay_from": (0.5, "ours"), "teacher.decay_to": (0.05, "ours"), "teacher.mask_min": (0.1, "ours"), "teacher.mask_std": (1.0, "ours"),
-    "distill.iterations": (1200, "ours"), "distill.batch": (16, "ours"), "distill.lr": (2e-4, "ours"), "distill.lr_phi": (1e-3, "ours"),
+    "distill.iterations": (1200, "ours"), "distill.batch": (16, "ours"), "distill.lr": (2e-4, "ours"), "distill.lr_phi": (5e-4, "ours"), "distill.t_guide": (450, "ours"),
     "distill.ema": (0.995, "ours"), "distill.warmup": (0, "ours"), "distill.phi_first": (100, "ours"),
     "rl.iterations": (50, "ours"), "rl.batch": (64, "ours"), "rl.anchor": (100.0, "ours"), "rl.reward": ("classifier", "ours"), "rl.lr": (1e-4, "ours"), "rl.ema": (0.9, "ours"), "rl.warmup": (5, "ours"),
     "rl.prompt": ("a high-quality and harmonious picture of the digit {}", "ours"),

@@ -108,15 +108,14 @@ class DistillStage(Watched):
         return (self.phi.head(x_t, t, masked_contexts(self.phi, *batch).repeat(self.d.phi_mul, 1))[0] - eps).square().mean()
 
     def theta_loss(self, batch, generator: torch.Generator) -> Tensor:
-        r"$L_{\text{GSIM}}$ per token, with $\hat\epsilon_p = \hat\epsilon_u + \text{cfg}\,(\hat\epsilon_c - \hat\epsilon_u)$; phi's parameters stopped, gradients through $x_t$."
-        tokens, order, n_known, labels = batch
-        x_t, t, eps = self._noised(self._generate(batch, generator), self.d.t_min, self.d.t_max, generator)
+        r"$L_{\text{GSIM}}$ per token, with $\hat\epsilon_p = \hat\epsilon_u + \text{cfg}\,(\hat\epsilon_c - \hat\epsilon_u)$ for $t <$ `t_guide`, else $\hat\epsilon_c$; phi's parameters stopped, gradients through $x_t$."
+        d = self.d
+        x_t, t, eps = self._noised(self._generate(batch, generator), d.t_min, d.t_max, generator)
         with torch.no_grad(): c_phi, c_p = masked_contexts(self.phi, *batch), self._teacher_contexts(*batch)
         eps_q = self.phi.head(x_t, t, c_phi)[0]
         n = len(c_p) // len(x_t)                                                          # 1 without guidance, else 2
         eps_p = self.teacher.head(x_t.repeat(n, 1), t.repeat(n), c_p)[0]
-        if n == 2: eps_p = guided_eps(*eps_p.chunk(2), self.cfg.sampling.cfg)
-        d = self.d
+        if n == 2: eps_p = torch.where((t < d.t_guide)[:, None], guided_eps(*eps_p.chunk(2), self.cfg.sampling.cfg), eps_p[:len(x_t)])
         return gsim_loss(eps, eps_q, eps_p, self.sched.a[t], self.sched.sigma[t], d.loss, d.distance, d.r, d.alpha, d.weight).mean()
 
     def _teacher_contexts(self, tokens, order, n_known, labels) -> Tensor:
