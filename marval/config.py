@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'BadInput', 'DataConfig', 'ModelConfig', 'SamplingConfig', 'TeacherConfig', 'DistillConfig', 'RLConfig',
-           'EvaluateConfig', 'LogConfig', 'Config', 'preset', 'source', 'override', 'from_dict', 'table']
+           'JudgesConfig', 'EvaluateConfig', 'LogConfig', 'Config', 'preset', 'source', 'override', 'from_dict',
+           'table']
 
 # %% ../nbs/00_config.ipynb #00-003
 import math
@@ -142,6 +143,13 @@ class RLConfig:
 
 
 @dataclass(frozen=True)
+class JudgesConfig:
+    "The small networks that reward and judge digits; no other scale trains its judges."
+    iterations: int = _of(400, "ours", "steps of each of the two classifiers")
+    clip_iterations: int = _of(450, "ours", "steps of the tiny CLIP")
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     "How much is measured."
     n: int = _of(50_000, "paper", "images per model")
@@ -169,6 +177,7 @@ class Config:
     teacher: TeacherConfig = TeacherConfig()
     distill: DistillConfig = DistillConfig()
     rl: RLConfig = RLConfig()
+    judges: JudgesConfig = JudgesConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     log: LogConfig = LogConfig()
 
@@ -236,6 +245,7 @@ _SMOKE = _DIGITS | {
     "model.head_depth": (1, "ours"), "model.head_width": (32, "ours"), "sampling.K": (4, "ours"), "sampling.chain_steps": (5, "ours"),
     "teacher.iterations": (30, "ours"), "teacher.batch": (16, "ours"), "teacher.warmup": (5, "ours"),
     "distill.iterations": (20, "ours"), "distill.batch": (8, "ours"), "distill.phi_first": (4, "ours"), "rl.iterations": (8, "ours"), "rl.batch": (8, "ours"), "rl.warmup": (2, "ours"),
+    "judges.iterations": (40, "ours"), "judges.clip_iterations": (5, "ours"),       # the tests ask for any judges at all, not for good ones
     "evaluate.n": (64, "ours"), "evaluate.batch": (64, "ours"), "evaluate.timing_repeats": (1, "ours"),
     "log.checkpoint_every": (4, "ours"), "log.sample_every": (10, "ours"), "log.metric_every": (0, "ours"),
 }

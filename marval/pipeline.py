@@ -29,7 +29,7 @@ class Node:
 
 GRAPH = dict(
     teacher=Node((), ("teacher.safetensors",), ("seed", "data", "model", "teacher")),
-    judges=Node((), ("judges/reward.safetensors", "judges/heldout.safetensors", "judges/clip.safetensors"), ("data",)),
+    judges=Node((), ("judges/reward.safetensors", "judges/heldout.safetensors", "judges/clip.safetensors"), ("data", "judges")),
     distill=Node(("teacher", "judges"), ("student.safetensors",), ("seed", "data", "model", "sampling", "distill")),
     rl=Node(("distill", "judges"), ("student_rl.safetensors",), ("seed", "data", "model", "sampling", "rl")),
     evaluate=Node(("teacher", "judges", "distill", "rl"), ("metrics.json", "samples.png", "report.html"), ("seed", "data", "model", "sampling", "evaluate")))
@@ -180,13 +180,11 @@ def _teacher(cfg, out, device):
     _fit(TeacherStage(cfg, tokens, labels), cfg, out, "teacher.safetensors", device)
 
 
-_HASTY = dict(smoke=dict(iterations=40, clip_iterations=5))             # the tests ask for any judges at all, not for good ones
-
 def _judges(cfg, out, device):
     from marval.rewards import train_judges
     _, images, labels = _data(cfg, device)
     print("three small networks learn to read, half a minute or so", flush=True)
-    train_judges(images, labels, out/"judges", **_HASTY.get(cfg.scale, {}))
+    train_judges(images, labels, out/"judges", iterations=cfg.judges.iterations, clip_iterations=cfg.judges.clip_iterations)
 
 
 def _distill(cfg, out, device):
@@ -250,7 +248,7 @@ def draw_images(cfg: Config,   # the whole configuration: K, guidance, batch, se
             if draw.rounds > 1:
                 later = draw_noise(len(y), m.seq_len, s.K, m.token_dim, draw.rounds - 1, generator=g, device=device)
                 noise = [torch.cat(pair) for pair in zip(noise, later)]
-            with torch.no_grad(): tokens = sample(model, y, draw, s.K, s.cfg, s.cfg_schedule, orders=orders, noise=noise)
+            with torch.inference_mode(): tokens = sample(model, y, draw, s.K, s.cfg, s.cfg_schedule, orders=orders, noise=noise)
             parts.append(to_images(unpatchify(tokens, m.patch_size)))
             bar.update()
     return torch.cat(parts)
