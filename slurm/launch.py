@@ -174,6 +174,9 @@ def dry_run(cfg, stages, out, cluster) -> int:
     from marval.report import show
     print(show(pipeline.plan(cfg, stages, out)))
     r = RESOURCES[cfg.scale]
+    if gpus := r["nodes"] * r["gpus_per_node"]:
+        from marval.plan import REACHED, forecast
+        print(f"\nmemory a GPU in GB, and days on {gpus} GPUs at {REACHED:.0%} of their bf16 peak (assumed)\n{show(forecast(cfg, stages, gpus))}")
     print(f"\nfolder  {out}\ndata    {cfg.data.name}\nGPUs    {r['gpus_per_node'] or 'none'}\ncluster {cluster}"
           + ("" if cluster == "slurm" else " (on Slurm: the parameters below)"))
     for k, v in sbatch_parameters(cfg, "STAGE", ["PREVIOUS"]).items(): print(f"  {k} = {v}")
