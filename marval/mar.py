@@ -231,17 +231,17 @@ class MAR(nn.Module):
         return self.head_from_cond(x_t, t, self.head_cond(c))
 
 # %% ../nbs/02_mar.ipynb #02-036
-def _check_state(state, model, source):
+def _check_state(state, model, source, want="the weights of a MAR"):
     "Raise `BadInput` unless the state dict has exactly the names and shapes of the model."
-    want = {k: list(v.shape) for k, v in model.state_dict().items()}
+    shapes = {k: list(v.shape) for k, v in model.state_dict().items()}
     have = {k: list(v.shape) for k, v in state.items() if isinstance(v, Tensor)}
-    if missing := [k for k in want if k not in have]:
-        raise BadInput(f"{source}: tensor {missing[0]} is missing ({len(missing)} of {len(want)} are); expected the weights of a MAR")
-    for k, shape in want.items():
+    if missing := [k for k in shapes if k not in have]:
+        raise BadInput(f"{source}: tensor {missing[0]} is missing ({len(missing)} of {len(shapes)} are); expected {want}")
+    for k, shape in shapes.items():
         if have[k] != shape: raise BadInput(f"{source}: {k} has shape {have[k]}; expected {shape}")
         if not state[k].is_floating_point(): raise BadInput(f"{source}: {k} holds {state[k].dtype}; expected floating point")
-    if extra := [k for k in state if k not in want]:
-        raise BadInput(f"{source}: unknown tensor {extra[0]} ({len(extra)} are); expected the weights of a MAR")
+    if extra := [k for k in state if k not in shapes]:
+        raise BadInput(f"{source}: unknown tensor {extra[0]} ({len(extra)} are); expected {want}")
 
 
 def _build(cfg, state, source, device="cpu"):
@@ -336,20 +336,19 @@ def infer_config(state: dict, # state dict of a MAR, public names
     return cfg
 
 # %% ../nbs/02_mar.ipynb #02-046
-def _read_official(path):
-    "The dict inside a public MAR checkpoint; no class but argparse.Namespace is ever built."
-    want = "expected a MAR checkpoint (.pth)"
-    if not Path(path).is_file(): raise BadInput(f"{path}: no such file; {want}")
+def _read_official(path, want="a MAR checkpoint (.pth)"):
+    "The dict inside a public checkpoint of MAR; no class but argparse.Namespace is ever built."
+    if not Path(path).is_file(): raise BadInput(f"{path}: no such file; expected {want}")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             # a mapped file: the optimiser's share, twice the weights, is then never read
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except OSError as e: raise BadInput(f"{path}: cannot be read ({e.strerror or e}); {want}") from None
+    except OSError as e: raise BadInput(f"{path}: cannot be read ({e.strerror or e}); expected {want}") from None
     except Exception as e:  # a damaged pickle can fail in any way
         found = re.search(r"GLOBAL ([\w.]+)", str(e))
         why = f"holds {found[1]}, which is not loaded" if found else "truncated, or not a PyTorch file"
-        raise BadInput(f"{path}: {why}; {want}") from None
-    if not isinstance(checkpoint, dict): raise BadInput(f"{path}: holds a {type(checkpoint).__name__}; {want}")
+        raise BadInput(f"{path}: {why}; expected {want}") from None
+    if not isinstance(checkpoint, dict): raise BadInput(f"{path}: holds a {type(checkpoint).__name__}; expected {want}")
     return checkpoint
 
 # %% ../nbs/02_mar.ipynb #02-047

@@ -6,8 +6,6 @@
 __all__ = ['LATENT_SCALE', 'KL16', 'sample_moments', 'measure_scale', 'load_vae']
 
 # %% ../nbs/12_vae.ipynb #12-003
-import re
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 import torch
@@ -185,17 +183,10 @@ def measure_scale(vae,            # anything with `encode(images) -> moments`, o
 _WANT = "KL-16's weights (MAR's kl16.ckpt, or .safetensors)"
 
 
-@contextmanager
-def _our_words():
-    "Messages of marval.mar's readers end in what they expect: a MAR. Here another network is."
-    try: yield
-    except BadInput as e: raise BadInput(re.sub(r"(the weights of )?a MAR( checkpoint \(\.pth\))?$", lambda _: _WANT, str(e))) from None
-
-
 def _read(path):
     "The state dict in a file, whatever it holds; tensors on the CPU."
     if Path(path).suffix != ".safetensors":
-        checkpoint = _read_official(path)
+        checkpoint = _read_official(path, _WANT)
         state = checkpoint.get("model")
         if isinstance(state, dict) and all(isinstance(k, str) for k in state): return state
         raise BadInput(f"{path}: no state dict 'model' among {list(checkpoint)[:6]}; expected {_WANT}")
@@ -225,12 +216,11 @@ def load_vae(path: str | Path,                   # MAR's kl16.ckpt, or the same 
              dtype: torch.dtype = torch.float32, # what they are converted to
              ) -> KL16:                          # evaluation mode; its weights ask for no gradient
     "The autoencoder in a file. Raises `BadInput` on a missing, truncated, foreign or unsafe file, and names the first tensor that is missing, misshapen or unknown."
-    with _our_words():
-        state = _read(path)
-        sizes = _sizes(state, path)
-        try:
-            with torch.device("meta"): vae = KL16(**sizes)
-        except BadInput as e: raise BadInput(f"{path}: {e}") from None
-        _check_state(state, vae, path)
+    state = _read(path)
+    sizes = _sizes(state, path)
+    try:
+        with torch.device("meta"): vae = KL16(**sizes)
+    except BadInput as e: raise BadInput(f"{path}: {e}") from None
+    _check_state(state, vae, path, _WANT)
     vae.load_state_dict({k: v.detach().to(device, dtype, copy=True) for k, v in state.items()}, assign=True)
     return vae.eval().requires_grad_(False)
