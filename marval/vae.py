@@ -216,7 +216,7 @@ def load_vae(path: str | Path,                   # MAR's kl16.ckpt, or the same 
              dtype: torch.dtype = torch.float32, # what they are converted to
              ) -> KL16:                          # evaluation mode; its weights ask for no gradient
     "The autoencoder in a file. Raises `BadInput` on a missing, truncated, foreign or unsafe file, and names the first tensor that is missing, misshapen or unknown."
-    state = _read(path)
+    state = {k: v for k, v in _read(path).items() if not k.startswith("loss.")}  # what its training may have left in the file
     sizes = _sizes(state, path)
     try:
         with torch.device("meta"): vae = KL16(**sizes)
