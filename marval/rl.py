@@ -95,7 +95,7 @@ class RLStage(Watched):
         m, s, r, device = self.cfg.model, self.cfg.sampling, self.r, self.device
         labels = torch.randint(m.class_num, (r.batch,), generator=generator, device=device)
         orders = random_orders(r.batch, m.seq_len, generator=generator, device=device)
-        noise = draw_noise(r.batch, m.seq_len, s.K, m.token_dim, self.draw.rounds, generator=generator, device=device)
+        noise = draw_noise(r.batch, m.seq_len, s.K, m.token_dim, self.draw.rounds, generator=generator, device=device, dtype=self.policy.mask_token.dtype)
         means = backward(self.parts, lambda part: self.losses(part.take(labels), part.take(orders), [part.take(z, dim=1) for z in noise]))
         clip_and_step(self.opt, self.policy.parameters(), r.clip, r.lr * lr_factor(i, self.iterations, r.warmup, r.decay_from, r.decay_to))
         self.ema.update(self.policy)
