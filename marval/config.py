@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'BadInput', 'DataConfig', 'ModelConfig', 'SamplingConfig', 'TeacherConfig', 'DistillConfig', 'RLConfig',
-           'JudgesConfig', 'EvaluateConfig', 'LogConfig', 'Config', 'preset', 'source', 'override', 'from_dict',
-           'table']
+           'JudgesConfig', 'EvaluateConfig', 'LogConfig', 'ComputeConfig', 'Config', 'preset', 'source', 'override',
+           'from_dict', 'table']
 
 # %% ../nbs/00_config.ipynb #00-003
 import math
@@ -167,6 +167,14 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class ComputeConfig:
+    "How a training step is computed. Of these, `precision` alone changes its result by more than rounding."
+    accumulate: int = _of(1, "ours", "parts that each process makes of its share of the batch, one after another, to save memory")
+    precision: str = _of("fp32", "ours", "fp32 | bf16: matrix products of the forward passes of training; weights and optimisers are fp32 always")
+    recompute: str = _of("none", "ours", "none | blocks (activations inside the transformer blocks are computed again on the way back, to save memory)")
+
+
+@dataclass(frozen=True)
 class Config:
     "A whole run."
     scale: str = "base"
@@ -180,6 +188,7 @@ class Config:
     judges: JudgesConfig = JudgesConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     log: LogConfig = LogConfig()
+    compute: ComputeConfig = ComputeConfig()
 
     def __post_init__(self): _check(self)
 
@@ -189,7 +198,8 @@ class Config:
 
 # %% ../nbs/00_config.ipynb #00-010
 _CHOICES = {"data.name": ("digits", "imagenet"), "sampling.cfg_schedule": ("constant", "linear"), "distill.loss": ("sim", "gsim", "sid"),
-            "distill.distance": ("huber", "squared"), "distill.weight": ("eps", "score", "x0"), "rl.reward": ("classifier", "clip", "pickscore")}
+            "distill.distance": ("huber", "squared"), "distill.weight": ("eps", "score", "x0"), "rl.reward": ("classifier", "clip", "pickscore"),
+            "compute.precision": ("fp32", "bf16"), "compute.recompute": ("none", "blocks")}
 _ZERO_IS_FINE = {"seed", "teacher.warmup", "distill.warmup", "rl.warmup", "rl.anchor", "rl.grad_steps", "log.metric_every", "sampling.cfg", "sampling.temperature", "sampling.clip",
                  "distill.alpha", "distill.t_min", "distill.phi_first"}
 _SHARES = {"model.dropout", "teacher.label_drop", "teacher.mask_min"} | {f"{s}.{k}" for s in ("teacher", "distill", "rl")

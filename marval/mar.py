@@ -13,9 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint as recompute
 from einops import rearrange
 from .config import BadInput, Config, ModelConfig, SamplingConfig
 from .files import atomic_write
+from .parallel import attention, dropout
 
 # %% ../nbs/02_mar.ipynb #02-006
 def patchify(latents: Tensor,  # [B, C, H, W] latents (or pixels)
@@ -42,8 +44,8 @@ class _Attention(nn.Module):
     def forward(self, x):
         p = self.dropout if self.training else 0.0
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)              # b n (three h d) -> three b h n d
-        x = self.proj(F.scaled_dot_product_attention(q, k, v, dropout_p=p).transpose(1, 2).flatten(2)) # b h n d -> b n (h d)
-        return F.dropout(x, p) if p else x
+        x = self.proj(attention(q, k, v, p).transpose(1, 2).flatten(2))                               # b h n d -> b n (h d)
+        return dropout(x, p) if p else x
 
 
 class _MLP(nn.Module):
@@ -54,7 +56,7 @@ class _MLP(nn.Module):
 
     def forward(self, x):
         p = self.dropout if self.training else 0.0
-        drop = (lambda y: F.dropout(y, p)) if p else (lambda y: y)
+        drop = (lambda y: dropout(y, p)) if p else (lambda y: y)
         return drop(self.fc2(drop(F.gelu(self.fc1(x)))))
 
 
@@ -141,6 +143,8 @@ def _take(x, idx):
 # %% ../nbs/02_mar.ipynb #02-017
 class MAR(nn.Module):
     "Masked encoder-decoder and diffusion head; parameter names are those of the public MAR code."
+    recompute = False  # whether training keeps the activations inside the transformer blocks (False) or computes them twice
+
     def __init__(self,
                  cfg: ModelConfig, # sizes; weights are drawn from torch's global generator
                  ):
@@ -171,6 +175,12 @@ class MAR(nn.Module):
         for layer in [b.adaLN_modulation[1] for b in net.res_blocks] + [net.final_layer.adaLN_modulation[1], net.final_layer.linear]:
             nn.init.zeros_(layer.weight); nn.init.zeros_(layer.bias)
 
+    def _through(self, blocks, h):
+        "All blocks in turn; with `recompute`, each keeps its input alone and is evaluated again on the way back."
+        again = self.recompute and torch.is_grad_enabled()
+        for block in blocks: h = recompute(block, h, use_reentrant=False, preserve_rng_state=self.training) if again else block(h)
+        return h
+
     def encode(self,
                tokens: Tensor,  # [B, L, D] all tokens; those not known are not read
                order: Tensor,   # [B, L] long, a permutation of the positions, known ones first
@@ -183,8 +193,7 @@ class MAR(nn.Module):
         y = F.embedding(labels, torch.cat([self.class_emb.weight, self.fake_latent]))
         buffer = y[:, None] + pos[:, :b]
         h = self.z_proj_ln(torch.cat([buffer, self.z_proj(_take(tokens, known)) + _take(pos[:, b:], known)], 1))
-        for block in self.encoder_blocks: h = block(h)
-        return self.encoder_norm(h)
+        return self.encoder_norm(self._through(self.encoder_blocks, h))
 
     def decode(self,
                h: Tensor,      # [B, buffer_size + n_known, width] from `encode`
@@ -196,8 +205,7 @@ class MAR(nn.Module):
         where = order[:, :n_known, None].expand(-1, -1, h.shape[-1])
         h = torch.cat([h[:, :b], self.mask_token.to(h.dtype).expand(*order.shape, -1).scatter(1, where, h[:, b:])], 1)
         h = h + self.decoder_pos_embed_learned
-        for block in self.decoder_blocks: h = block(h)
-        return self.decoder_norm(h)[:, b:] + self.diffusion_pos_embed_learned
+        return self.decoder_norm(self._through(self.decoder_blocks, h))[:, b:] + self.diffusion_pos_embed_learned
 
     def contexts(self,
                  tokens: Tensor,  # [B, L, D] all tokens; those not known are not read

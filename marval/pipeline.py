@@ -13,6 +13,7 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
+from operator import attrgetter
 from pathlib import Path
 
 from .config import BadInput, Config
@@ -28,10 +29,10 @@ class Node:
 
 
 GRAPH = dict(
-    teacher=Node((), ("teacher.safetensors",), ("seed", "data", "model", "teacher")),
+    teacher=Node((), ("teacher.safetensors",), ("seed", "data", "model", "teacher", "compute.precision")),
     judges=Node((), ("judges/reward.safetensors", "judges/heldout.safetensors", "judges/clip.safetensors"), ("data", "judges")),
-    distill=Node(("teacher", "judges"), ("student.safetensors",), ("seed", "data", "model", "sampling", "distill")),
-    rl=Node(("distill", "judges"), ("student_rl.safetensors",), ("seed", "data", "model", "sampling", "rl")),
+    distill=Node(("teacher", "judges"), ("student.safetensors",), ("seed", "data", "model", "sampling", "distill", "compute.precision")),
+    rl=Node(("distill", "judges"), ("student_rl.safetensors",), ("seed", "data", "model", "sampling", "rl", "compute.precision")),
     evaluate=Node(("teacher", "judges", "distill", "rl"), ("metrics.json", "samples.png", "report.html"), ("seed", "data", "model", "sampling", "evaluate")))
 STAGES = ("teacher", "distill", "rl", "evaluate")
 
@@ -51,7 +52,7 @@ def settings(cfg: Config,  # the whole configuration
     "Everything that decides the result of a stage."
     flat = {}
     for part in GRAPH[stage].parts:
-        value = getattr(cfg, part)
+        value = attrgetter(part)(cfg)
         flat |= {f"{part}.{k}": v for k, v in asdict(value).items()} if is_dataclass(value) else {part: value}
     for product in _inputs(stage): flat[product] = sha256(out/product)[:16] if (out/product).is_file() else None
     return flat
@@ -169,9 +170,10 @@ def _measure(judges, images, labels):
 def _fit(stage, cfg, out, product, device):
     "Train a stage, then keep its running average, with what a sampler has to know."
     from marval.mar import save_weights
+    from marval.parallel import on_first
     from marval.train import fit
     fit(stage, out/"state"/stage.name, cfg.seed, cfg.log, device)
-    save_weights(stage.student, out/product, stage=stage.name, seed=cfg.seed, scale=cfg.scale, data=cfg.data.name, **asdict(cfg.sampling))
+    on_first(lambda: save_weights(stage.student, out/product, stage=stage.name, seed=cfg.seed, scale=cfg.scale, data=cfg.data.name, **asdict(cfg.sampling)))
 
 
 def _teacher(cfg, out, device):
@@ -297,7 +299,7 @@ def _history(out):
     return used, seconds
 
 # %% ../nbs/14_pipeline.ipynb #14-027
-_RUN = dict(teacher=_teacher, judges=_judges, distill=_distill, rl=_rl, evaluate=_evaluate)
+_RUN, _SHARED = dict(teacher=_teacher, judges=_judges, distill=_distill, rl=_rl, evaluate=_evaluate), ("teacher", "distill", "rl")
 
 
 def run(cfg: Config,             # the whole configuration
@@ -306,24 +308,25 @@ def run(cfg: Config,             # the whole configuration
         device="cpu",            # where tensors live
         ) -> dict[str, str]:     # stage -> `skipped` or `done`
     "Run stages in order; skip what is finished, resume what was interrupted. Raises `BadInput` on any refusal, `Interrupted` on a signal."
+    from marval.parallel import group, on_first, rank
     out, did = Path(out), {}
-    check(cfg, stages, out)
-    ensure_folder(out)
-    held = lock(out)
-    try:
-        with _threads(cfg, 1):
-            write_json(out/"config.json", cfg.dict())
+    with group(device) as device, _threads(cfg, 1):
+        on_first(check, cfg, stages, out)
+        on_first(ensure_folder, out)
+        held = on_first(lock, out)
+        try:
+            on_first(write_json, out/"config.json", cfg.dict())
             for i, stage in enumerate(stages):
-                found, start, folder = state(cfg, stage, out), time.monotonic(), out/"state"/stage
+                found, start, folder = on_first(state, cfg, stage, out, share=True), time.monotonic(), out/"state"/stage
                 did[stage] = "skipped" if found == "done" else "done"
-                print(f"[{i + 1}/{len(stages)}] {stage}" + {"done": ": finished before, skipped", "resume": ": goes on", "to do": ""}[found], flush=True)
+                if rank() == 0: print(f"[{i + 1}/{len(stages)}] {stage}" + {"done": ": finished before, skipped", "resume": ": goes on", "to do": ""}[found], flush=True)
                 if found == "done": continue
-                ensure_folder(folder)
-                write_json(folder/"settings.json", settings(cfg, stage, out))
-                _RUN[stage](cfg, out, device)
-                products = {p: sha256(out/p) for p in GRAPH[stage].writes}
-                write_json(folder/"done.json", {"products": products, "seconds": round(time.monotonic() - start, 1)})
-    finally: held.close()
+                on_first(lambda: write_json(ensure_folder(folder)/"settings.json", settings(cfg, stage, out)))
+                if stage in _SHARED: _RUN[stage](cfg, out, device)
+                else: on_first(_RUN[stage], cfg, out, device)
+                products = lambda: {p: sha256(out/p) for p in GRAPH[stage].writes}
+                on_first(lambda: write_json(folder/"done.json", {"products": products(), "seconds": round(time.monotonic() - start, 1)}))
+        finally: held and held.close()
     return did
 
 # %% ../nbs/14_pipeline.ipynb #14-029

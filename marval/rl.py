@@ -17,6 +17,7 @@ from .config import Config
 from .diffusion import Schedule
 from .distill import known_counts
 from .mar import MAR, unpatchify
+from .parallel import Part, autocast, backward, own_parts
 from .sampling import OneStep, draw_noise, random_orders, reveal_counts, sample
 from .train import EMA, Watched, clip_and_step, lr_factor, make_adamw
 
@@ -54,8 +55,10 @@ class RLStage(Watched):
                  ):
         super().__init__(cfg, OneStep(Schedule.cosine(device=device), cfg.sampling.entry_abar), decode, measure_fn, device)
         self.r, self.iterations, self.reward = cfg.rl, cfg.rl.iterations, reward
+        self.parts = own_parts(self.r.batch, cfg.compute.accumulate, "rl.batch")
         self.frozen = student.to(device).eval().requires_grad_(False)
         self.policy = copy.deepcopy(self.frozen).requires_grad_(True)
+        self.policy.recompute = cfg.compute.recompute == "blocks"
         self.ema = EMA(self.policy, self.r.ema)
         self.opt = make_adamw(self.policy, self.r.lr, (self.r.beta1, self.r.beta2), self.r.weight_decay)
 
@@ -68,6 +71,23 @@ class RLStage(Watched):
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]: return dict(policy=self.opt)
 
+    def losses(self, labels: Tensor,         # [B] classes
+               orders: Tensor,               # [B, L] orders
+               noise: list[Tensor],          # K tensors [1, B n_k, D], entry noise
+               ) -> dict[str, Tensor]:       # 0-d: loss, mean reward, anchor
+        r"$L_{\text{RL}} = -E[R] + w_A E[A]$ of one roll-out with gradients."
+        m, r = self.cfg.model, self.r
+        with autocast(self.cfg.compute.precision, self.device):
+            tokens = sample(self.policy, labels, self.draw, self.cfg.sampling.K, orders=orders, noise=noise, checkpoint=True, grad_steps=r.grad_steps)
+        reward = self.reward(self.decode(unpatchify(tokens, m.patch_size)), labels).mean()
+        loss = -reward
+        anchor = torch.zeros((), device=self.device)
+        if r.anchor:
+            with autocast(self.cfg.compute.precision, self.device): target = frozen_tokens(self.frozen, self.draw, tokens.detach(), orders, noise, labels)
+            anchor = F.mse_loss(tokens, target)
+            loss = loss + r.anchor * anchor
+        return dict(loss=loss, reward=reward, anchor=anchor)
+
     def step(self, i: int,               # iteration
              generator: torch.Generator, # the step's own randomness
              ) -> dict[str, Tensor]:     # 0-d tensors: the loss, the mean reward, the anchor
@@ -75,15 +95,8 @@ class RLStage(Watched):
         m, s, r, device = self.cfg.model, self.cfg.sampling, self.r, self.device
         labels = torch.randint(m.class_num, (r.batch,), generator=generator, device=device)
         orders = random_orders(r.batch, m.seq_len, generator=generator, device=device)
-        noise = draw_noise(r.batch, m.seq_len, s.K, m.token_dim, self.draw.rounds, generator=generator, device=device)
-        tokens = sample(self.policy, labels, self.draw, s.K, orders=orders, noise=noise, checkpoint=True, grad_steps=r.grad_steps)
-        reward = self.reward(self.decode(unpatchify(tokens, m.patch_size)), labels).mean()
-        loss = -reward
-        anchor = torch.zeros((), device=device)
-        if r.anchor:
-            anchor = F.mse_loss(tokens, frozen_tokens(self.frozen, self.draw, tokens.detach(), orders, noise, labels))
-            loss = loss + r.anchor * anchor
-        loss.backward()
+        noise = draw_noise(r.batch, m.seq_len, s.K, m.token_dim, self.draw.rounds, generator=generator, device=device, dtype=self.policy.mask_token.dtype)
+        means = backward(self.parts, lambda part: self.losses(part.take(labels), part.take(orders), [part.take(z, dim=1) for z in noise]))
         clip_and_step(self.opt, self.policy.parameters(), r.clip, r.lr * lr_factor(i, self.iterations, r.warmup, r.decay_from, r.decay_to))
         self.ema.update(self.policy)
-        return dict(loss=loss.detach(), reward=reward.detach(), anchor=anchor.detach())
+        return means

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .config import Config
 from .diffusion import Schedule, diffusion_losses, q_sample
 from .mar import MAR
+from .parallel import Part, autocast, backward, own_parts
 from .sampling import TeacherChain, random_orders
 from .train import EMA, Watched, batch_indices, clip_and_step, lr_factor, make_adamw, step_generator, step_seed
 
@@ -46,9 +47,11 @@ class TeacherStage(Watched):
         self.sched = Schedule.cosine(device=device)
         super().__init__(cfg, TeacherChain(self.sched, min(20, cfg.sampling.chain_steps), clip=cfg.sampling.clip), decode, measure_fn, device)
         self.t, self.iterations = cfg.teacher, cfg.teacher.iterations
+        self.parts = own_parts(self.t.batch, cfg.compute.accumulate, "teacher.batch")
         self.tokens, self.labels = tokens.to(device), labels.to(device)
         step_generator(cfg.seed, self.name + "/init", 0)
         self.model = MAR(cfg.model).to(device).train()
+        self.model.recompute = cfg.compute.recompute == "blocks"
         self.ema = EMA(self.model, self.t.ema)
         self.opt = make_adamw(self.model, self.t.lr, (self.t.beta1, self.t.beta2), self.t.weight_decay)
 
@@ -70,30 +73,42 @@ class TeacherStage(Watched):
         u = 1 - random.Random(step_seed(self.cfg.seed, self.name + "/mask", i)).random()
         return self.tokens[rows], order, m.seq_len - masked_count(m.seq_len, t.mask_min, t.mask_std, u), labels
 
+    def noise(self, n_known: int,               # how many tokens are visible
+              generator: torch.Generator,       # the step's own randomness
+              ) -> tuple[Tensor, Tensor]:       # t [N], eps [N, D], N = diffusion_mul batch (L - n_known)
+        "Times and noise of all masked tokens of the whole batch."
+        n = self.t.diffusion_mul * self.t.batch * (self.cfg.model.seq_len - n_known)
+        t = torch.randint(self.sched.T, (n,), generator=generator, device=self.device)
+        return t, torch.randn(n, self.cfg.model.token_dim, generator=generator, device=self.device, dtype=self.tokens.dtype)
+
     def losses(self, x: Tensor,             # [B, L, D] tokens
                order: Tensor,               # [B, L] visible positions first
                n_known: int,                # how many are visible
                labels: Tensor,              # [B] classes, class_num = none
-               generator: torch.Generator,  # for times and noise
+               t: Tensor,                   # [N] times of the masked tokens' draws, ordered (draw, image, token)
+               eps: Tensor,                 # [N, D] their noise
                ) -> tuple[Tensor, Tensor]:  # mse [N], vb [N], N = diffusion_mul B (L - n_known)
         r"$\lVert\hat\epsilon(a_t x + \sigma_t\epsilon, t, c) - \epsilon\rVert^2$ and the variational bound, per masked token and draw of $(t, \epsilon)$."
         gather = lambda y: rearrange(y.gather(1, order[:, n_known:, None].expand(-1, -1, y.shape[-1])), "b m d -> (b m) d")
-        cond = self.model.head_cond(gather(self.model.contexts(x, order, n_known, labels))).repeat(self.t.diffusion_mul, 1)
         x0 = gather(x).repeat(self.t.diffusion_mul, 1)
-        t = torch.randint(self.sched.T, x0.shape[:1], generator=generator, device=self.device)
-        eps = torch.randn(x0.shape, generator=generator, device=self.device)
         x_t = q_sample(self.sched, x0, t, eps)
-        eps_hat, v = self.model.head_from_cond(x_t, t, cond)
-        return diffusion_losses(self.sched, eps_hat, v, x0, x_t, eps, t)
+        with autocast(self.cfg.compute.precision, self.device):
+            cond = self.model.head_cond(gather(self.model.contexts(x, order, n_known, labels))).repeat(self.t.diffusion_mul, 1)
+            eps_hat, v = self.model.head_from_cond(x_t, t, cond)
+        return diffusion_losses(self.sched, eps_hat.to(eps), v.to(eps), x0, x_t, eps, t)
 
     def step(self, i: int,                # number of the step
              generator: torch.Generator,  # the step's own randomness
              ) -> dict[str, Tensor]:      # 0-d: loss, its two parts, norm of the gradient
         "One update of the network, one of the average."
         t = self.t
-        mse, vb = (x.mean() for x in self.losses(*self.batch(i, generator), generator))
-        loss = mse + vb
-        loss.backward()
+        x, order, n_known, labels = self.batch(i, generator)
+        times, eps = self.noise(n_known, generator)
+        def losses(part: Part):
+            own = part.take(x), part.take(order), n_known, part.take(labels), part.take(times, t.diffusion_mul), part.take(eps, t.diffusion_mul)
+            mse, vb = (y.mean() for y in self.losses(*own))
+            return dict(loss=mse + vb, mse=mse, vb=vb)
+        means = backward(self.parts, losses)
         norm = clip_and_step(self.opt, self.model.parameters(), t.clip, t.lr * lr_factor(i, self.iterations, t.warmup, t.decay_from, t.decay_to))
         self.ema.update(self.model)
-        return dict(loss=loss.detach(), mse=mse.detach(), vb=vb.detach(), grad_norm=norm)
+        return means | dict(grad_norm=norm)

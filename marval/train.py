@@ -9,6 +9,7 @@ __all__ = ['Stage', 'step_seed', 'step_generator', 'batch_indices', 'lr_factor',
 
 # %% ../nbs/07_train.ipynb #07-003
 import copy, hashlib, json, math, os, signal, sys, threading, time
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from .config import BadInput, Config, LogConfig
 from .files import atomic_write, ensure_folder, writing
 from .mar import MAR, unpatchify
+from .parallel import agree, anyone, mean, on_first, rank, sum_gradients
 from .sampling import Draw, draw_noise, random_orders, sample
 
 # %% ../nbs/07_train.ipynb #07-004
@@ -107,7 +109,9 @@ def clip_and_step(opt: torch.optim.Optimizer, # gradients are there already
                   clip: float,                # largest norm
                   lr: float,                  # learning rate of this step
                   ) -> Tensor:                # 0-d, norm before clipping
-    r"$g \leftarrow g \cdot \min(1, \text{clip} / \lVert g\rVert)$, then one update; gradients are cleared. Nothing waits for the device."
+    r"$g \leftarrow \sum_{\text{ranks}} g$, $g \leftarrow g \cdot \min(1, \text{clip} / \lVert g\rVert)$, then one update; gradients are cleared. Nothing waits for the device."
+    params = list(params)
+    sum_gradients(params)
     norm = nn.utils.clip_grad_norm_(params, clip)
     for group in opt.param_groups: group["lr"] = lr
     opt.step()
@@ -239,9 +243,9 @@ class _Journal:
 
 
 def _means(window, name, step):
-    "The window's mean values as floats: the one place where the loop waits for the device. Raises `Diverged`."
+    "The window's mean values over steps and ranks, as floats: the one place where the loop waits for the device. Raises `Diverged`."
     if not window: return {}
-    values = torch.stack([torch.stack([w[k].double() for w in window]).mean() for k in window[0]]).tolist()
+    values = mean(torch.stack([torch.stack([w[k].double() for w in window]).mean() for k in window[0]])).tolist()
     means = dict(zip(window[0], values))
     for k, v in means.items():
         if not math.isfinite(v): raise Diverged(f"{name}: {k} is {v} by step {step}; nothing was saved since the last checkpoint; try a lower learning rate")
@@ -298,7 +302,7 @@ class Watched:
         g = torch.Generator(self.device).manual_seed(seed)
         labels = torch.arange(n, device=self.device) % m.class_num
         orders = random_orders(n, m.seq_len, generator=g, device=self.device)
-        noise = draw_noise(n, m.seq_len, s.K, m.token_dim, self.draw.rounds, generator=g, device=self.device)
+        noise = draw_noise(n, m.seq_len, s.K, m.token_dim, self.draw.rounds, generator=g, device=self.device, dtype=self.student.mask_token.dtype)
         tokens = sample(self.student, labels, self.draw, s.K, s.cfg, s.cfg_schedule, orders=orders, noise=noise)
         return self.decode(unpatchify(tokens, m.patch_size)), labels
 
@@ -347,28 +351,30 @@ def fit(stage: Stage,      # what to train; filled from the checkpoint where the
         ) -> None:
     """Train a stage to its end, from wherever its folder says it is. Returns at once if it is finished. Raises `Interrupted` after SIGINT or SIGTERM (saved),
     `Diverged` if a logged value is not finite, `BadInput` for a checkpoint that doesn't fit or a folder that can't be written."""
-    folder, n = ensure_folder(folder), stage.iterations
-    with _Journal(folder) as journal, _Signals() as signals:
+    folder, n = Path(folder), stage.iterations
+    on_first(ensure_folder, folder)
+    with on_first(_Journal, folder) or nullcontext() as journal, _Signals() as signals:
         step, spent, window = load_checkpoint(folder/_CHECKPOINT, stage, seed, device)
+        agree(step, f"the step of {folder/_CHECKPOINT}")
         if step >= n: return
-        journal.resume(step)
+        on_first(lambda: journal.resume(step))
         start = time.monotonic() - spent
         seconds = lambda: time.monotonic() - start
         due = lambda every: every and (step % every == 0 or step == n)
-        with _bar(stage.name, step, n, progress) as bar:
+        with _bar(stage.name, step, n, progress and rank() == 0) as bar:
             while step < n:
                 window.append(stage.step(step, step_generator(seed, stage.name, step, device)))
                 step += 1
                 if due(_LOG_EVERY):
                     means, window = _means(window, stage.name, step), []
-                    journal.row(step, seconds(), means)
+                    on_first(lambda: journal.row(step, seconds(), means))
                     bar.set_postfix_str(f"loss {means['loss']:.4g}", refresh=False)
                 bar.update()
-                if due(log.sample_every) and (images := stage.pictures(step)) is not None: journal.picture(step, images)
-                if due(log.metric_every) and (figures := stage.measure(step)): journal.row(step, seconds(), figures)
-                stop = signals.came
+                if due(log.sample_every): on_first(lambda: (images := stage.pictures(step)) is not None and journal.picture(step, images))
+                if due(log.metric_every): on_first(lambda: (figures := stage.measure(step)) and journal.row(step, seconds(), figures))
+                stop = anyone(signals.came)
                 if stop or due(log.checkpoint_every):
+                    window = [{k: mean(v) for k, v in w.items()} for w in window]
                     _means(window, stage.name, step)
-                    journal.sync()
-                    save_checkpoint(folder/_CHECKPOINT, stage, seed, step, seconds(), window)
+                    on_first(lambda: (journal.sync(), save_checkpoint(folder/_CHECKPOINT, stage, seed, step, seconds(), window)))
                 if stop: raise Interrupted(f"{stage.name} stopped at step {step} of {n} and is saved; run the same command again to go on")

@@ -1,0 +1,185 @@
+"The number of processes, and of parts that a batch is cut into, is not part of the result."
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import environment
+
+STAGES = ("teacher", "distill", "rl")
+DROPOUT = ["model.dropout=0.1"]
+
+
+def build(kind, overrides):
+    "A stage at smoke scale, 20 steps long, on real digits and untrained networks."
+    from marval.config import override, preset
+    from marval.data import load_digits_data, to_images, to_latents
+    from marval.distill import DistillStage
+    from marval.mar import MAR, patchify
+    from marval.rewards import ClassifierReward, DigitNet
+    from marval.rl import RLStage
+    from marval.teacher import TeacherStage
+    cfg = override(preset("smoke"), [*(f"{s}.iterations=20" for s in STAGES), "log.checkpoint_every=100", "log.sample_every=20", *overrides])
+    images, labels = load_digits_data()
+    tokens = patchify(to_latents(images), cfg.model.patch_size)
+    torch.manual_seed(0)
+    net, reward = MAR(cfg.model).eval(), ClassifierReward(DigitNet())
+    tokens = tokens.to(net.mask_token.dtype)
+    for p in net.parameters(): p.data += 0.05 * torch.randn_like(p)          # the head starts at zero: wake it
+    if kind == "teacher": return cfg, TeacherStage(cfg, tokens, labels)
+    if kind == "distill": return cfg, DistillStage(cfg, net, tokens, labels, to_images)
+    return cfg, RLStage(cfg, net, reward, to_images)
+
+
+def work(jobs):
+    "What a process of these tests does: train stages one after another, in float64 or float32. `stop` = n: the last rank, and it alone, is asked to stop in step n."
+    from marval.parallel import group, rank, world
+    from marval.train import Interrupted, fit
+    torch.set_num_threads(1)
+    with group():
+        for folder, kind, overrides, double, stop in jobs:
+            torch.set_default_dtype(torch.float64 if double else torch.float32)
+            cfg, stage = build(kind, overrides)
+            step = stage.step
+            def stopping(i, generator):
+                if i + 1 == stop and rank() == world() - 1: os.kill(os.getpid(), signal.SIGINT)
+                return step(i, generator)
+            stage.step = stopping
+            try: fit(stage, Path(folder), 0, cfg.log, progress=False)
+            except Interrupted as e: print(f"rank {rank()}: {e}", flush=True)
+
+
+def run(*work):
+    "Each (number of ranks, jobs) in processes of its own, side by side; returns what they printed."
+    started = [rank for world, jobs in work for rank in start(world, jobs)]
+    ended = [rank.communicate(timeout=1800) for rank in started]
+    for rank, (_, err) in zip(started, ended): assert rank.returncode == 0, err
+    return "".join(out for out, _ in ended)
+
+
+def start(world, jobs, *program):
+    "`work`, or another program, on so many ranks."
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]), WORLD_SIZE=str(world))
+    return [subprocess.Popen([sys.executable, *(program or (__file__,)), *(jobs if program else [json.dumps(jobs)])], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             env=environment(**place, RANK=str(r), LOCAL_RANK=str(r))) for r in range(world)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    "Folder with all runs, named case-world, and what the interrupted ones said. In float64, so that rounding hides nothing; fp32 and bf16 are cases of their own."
+    out = tmp_path_factory.mktemp("parallel")
+    job = lambda name, kind, overrides=(), double=True, stop=None: (str(out / name), kind, list(overrides), double, stop)
+    cases, single = [*((kind, kind, []) for kind in STAGES), ("dropout", "teacher", DROPOUT)], lambda name, *o: [job(f"{kind}-{name}", kind, o, double=False) for kind in STAGES]
+    half = lambda way: [job(f"{kind}-{way}", kind, stop=10) for kind in STAGES]
+    straight = lambda n: [job(f"{name}-{n}", kind, o) for name, kind, o in cases]
+    parts = [job(f"{name}-parts", kind, [*o, "compute.accumulate=4"]) for name, kind, o in cases]
+    blocks = [job("dropout-blocks", "teacher", [*DROPOUT, "compute.recompute=blocks", "compute.accumulate=2"]), job("rl-blocks", "rl", ["compute.recompute=blocks"])]
+    said = run((1, half("1to2") + straight(1) + parts + blocks), (1, single("fp32") + single("bf16", "compute.precision=bf16")),
+               (2, half("2to1") + straight(2) + [job("teacher-2parts", "teacher", ["compute.accumulate=2"])] + single("fp32-2")))
+    said += run((2, [job(f"{kind}-1to2", kind) for kind in STAGES]), (1, [job(f"{kind}-2to1", kind) for kind in STAGES]))
+    return out, said
+
+
+def state(runs, name): return torch.load(runs[0] / name / "checkpoint.pt", weights_only=True)
+
+
+def weights(runs, name): return {f"{m}.{k}": v for m, module in state(runs, name)["modules"].items() for k, v in module.items()}
+
+
+def off(runs, a, b):
+    "Largest difference of two runs' weights and averages, over the largest weight."
+    x, y = weights(runs, a), weights(runs, b)
+    assert x.keys() == y.keys() and state(runs, a)["step"] == state(runs, b)["step"] == 20
+    worst = max(float((x[k] - y[k]).abs().max()) for k in x) / max(float(v.abs().max()) for v in x.values())
+    print(f"{a} against {b}: {worst:.1e}")
+    return worst
+
+
+def log(runs, name): return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (runs[0] / name / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("case", [*STAGES, "dropout"])
+def test_two_ranks_are_one(runs, case):
+    "Weights, averages, log and pictures."
+    assert off(runs, f"{case}-2", f"{case}-1") < 1e-6
+    for mine, theirs in zip(log(runs, f"{case}-2"), log(runs, f"{case}-1"), strict=True): assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    assert (runs[0] / f"{case}-2" / "samples" / "000020.png").exists()
+
+
+@pytest.mark.parametrize("case", STAGES)
+@pytest.mark.parametrize("way", ["1to2", "2to1"])
+def test_goes_on_with_another_number(runs, case, way):
+    "Stopped after 10 steps, by a signal to the last rank alone; all stop after the same step, and others go on."
+    assert off(runs, f"{case}-{way}", f"{case}-1") < 1e-6
+    for mine, theirs in zip(log(runs, f"{case}-{way}"), log(runs, f"{case}-1"), strict=True): assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    assert len(re.findall(f"rank . *: {case} stopped at step 10 of 20", runs[1])) == 3
+
+
+@pytest.mark.parametrize("case", [*STAGES, "dropout"])
+def test_accumulation(runs, case):
+    "Four parts one after another are one batch."
+    assert off(runs, f"{case}-parts", f"{case}-1") < 1e-6
+    if case == "teacher": assert off(runs, "teacher-2parts", "teacher-1") < 1e-6
+
+
+@pytest.mark.parametrize("case", ["dropout", "rl"])
+def test_recomputed_blocks(runs, case):
+    "Activation checkpointing changes nothing: within parts of a batch and with dropout, within the roll-out's own checkpoints."
+    assert off(runs, f"{case}-blocks", f"{case}-1") < 1e-6
+
+
+@pytest.mark.parametrize("case", STAGES)
+def test_two_ranks_in_fp32(runs, case):
+    "Rounding, which Adam enlarges where the true gradient is zero, is all that is left."
+    assert off(runs, f"{case}-fp32-2", f"{case}-fp32") < 5e-4
+    for mine, theirs in zip(log(runs, f"{case}-fp32-2"), log(runs, f"{case}-fp32"), strict=True): assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("case", STAGES)
+def test_bf16(runs, case):
+    "Another result, but a close one; what is kept is float32 and finite."
+    kept = weights(runs, f"{case}-bf16").values()
+    assert all(v.dtype == torch.float32 and v.isfinite().all() for v in kept) and 1e-5 < off(runs, f"{case}-bf16", f"{case}-fp32") < 0.05
+    for mine, theirs in zip(log(runs, f"{case}-bf16"), log(runs, f"{case}-fp32"), strict=True):
+        print({k: (round(mine[k], 4), round(theirs[k], 4)) for k in theirs})
+        key = "phi" if case == "distill" else "loss"                           # theta's own loss has expectation 0 at every theta
+        assert mine[key] == pytest.approx(theirs[key], rel=0.05)
+
+
+def test_impossible_batch(tmp_path):
+    "A batch that can't be cut is refused in one line."
+    from marval.config import BadInput
+    with pytest.raises(BadInput, match="teacher.batch=16 in 1 x 3 parts .* expected a multiple of 3"): build("teacher", ["compute.accumulate=3"])
+
+
+def test_pipeline(tmp_path):
+    "A run folder served by two ranks: rank 0 keeps the books, a finished stage is skipped by both, a refusal reaches both."
+    script = """
+import sys
+from pathlib import Path
+from marval import pipeline
+from marval.config import BadInput, override, preset
+cfg, out = override(preset("smoke"), ["teacher.iterations=6"]), Path(sys.argv[1])
+print([pipeline.run(cfg, ("teacher",), out)["teacher"] for _ in range(2)])
+try: pipeline.run(override(cfg, ["compute.precision=bf16"]), ("teacher",), out)
+except BadInput as e: print(e)
+"""
+    ranks = start(2, [str(tmp_path / "run")], "-c", script)
+    ended = [rank.communicate(timeout=600) for rank in ranks]
+    for rank, (printed, err) in zip(ranks, ended):
+        assert rank.returncode == 0, err
+        assert "['done', 'skipped']" in printed and "compute.precision=fp32, now compute.precision=bf16" in printed
+    assert sum("[1/1] teacher: finished before, skipped" in printed for printed, _ in ended) == 1
+    assert (tmp_path / "run" / "teacher.safetensors").exists() and (tmp_path / "run" / "state" / "teacher" / "done.json").exists()
+
+
+if __name__ == "__main__": work(json.loads(sys.argv[1]))
