@@ -1,7 +1,7 @@
 """The digits experiments behind nbs/20_digits.ipynb: every figure there that one run cannot give.
 
 For each seed: the teacher at four guidance scales and with shorter chains, students at four guidance scales, the paper's L1 + L2 beside the SIM term alone and SiD's alpha, guidance at all noise
-levels beside guidance below `t_guide`, RL with and without the regulariser. All settings are the digits preset's but for what a name says. Every training is a run folder of the pipeline, so that the
+levels beside guidance below `t_guide`, RL with and without the regulariser and with a text reward. All settings are the digits preset's but for what a name says. Every training is a run folder of the pipeline, so that the
 study can be stopped and started again; `results.json` of a seed grows as figures come in, each with the commit that it was made with.
 
     python bench/digits_study.py --seed 0 --out runs/study --chains --try # everything for one seed, about an hour on one core; seeds can run side by side
@@ -25,12 +25,13 @@ from marval.evaluate import frechet, measure, run_provenance, seconds_per_image
 from marval.files import write_json
 from marval.mar import load_weights
 from marval.pipeline import draw_images, run
-from marval.rewards import load_judges
+from marval.rewards import load_judges, make_reward
 from marval.sampling import OneStep, TeacherChain
 
 CHAINS = (5, 10, 25, 50, 100)
 JOBS = [(1.2, "sid"), (2.0, "sid"), (1.2, "gsim"), (1.2, "sim"), (2.0, "gsim"), (2.0, "sim"), (1.0, "sid"), (4.0, "sid")]      # cfg, loss
 TRIES = (1000, 300, 600, 150)   # t_guide at cfg 2; 1000 = guided at all noise levels, the paper
+RL = {"anchored": (), "free": ("rl.anchor=0",), "clip": ("rl.reward=clip",)}    # classifier reward; the same without the regulariser; a text reward, regularised
 RESULTS = Path(__file__).parent/"results"/"digits_study.json"
 
 
@@ -73,6 +74,14 @@ class Study:
         write_json(self.path, self.results)
         print(f"seed {self.seed}  {key:32s} " + "  ".join(f"{k} {v:.3f}" for k, v in self.results[key].items() if isinstance(v, float)), flush=True)
 
+    def clip_scores(self, models: dict[str, Path], draw):
+        "Mean CLIP score of one-step models, the text reward's own yardstick."
+        if "clip scores" in self.results: return
+        c, labels = self.config("rl.reward=clip"), torch.arange(self.config().evaluate.n) % 10
+        score = make_reward("clip", load_judges(self.out/"base"/"judges"), c)
+        with torch.no_grad(): self.results["clip scores"] = {name: score(draw_images(c, load_weights(path), draw, labels), labels).mean().item() for name, path in models.items()}
+        write_json(self.path, self.results)
+
     def curve(self, key: str, folder: Path):
         "The Frechet distances that a stage logged as it went."
         from marval.train import read_log
@@ -95,9 +104,12 @@ def study(seed: int, out: Path, settings: list[str], jobs: list[tuple[float, str
         s.note(f"{loss} cfg {cfg:g}", students[loss, cfg], one, cfg)
         s.curve(f"curve {loss} cfg {cfg:g}", folder/"state"/"distill")
         if (cfg, loss) != (1.2, "sid"): continue
-        for name, weight in (("anchored", s.config().rl.anchor), ("free", 0.0)):
-            policy = s.train(f"rl-{name}", ("rl",), {"student.safetensors": students["sid", 1.2], "judges": judges}, f"rl.anchor={weight}")
-            s.note(f"rl {name}", policy/"student_rl.safetensors", one, cfg)
+        policies = {"sid cfg 1.2": students["sid", 1.2]}
+        for name, setting in RL.items():
+            policy = s.train(f"rl-{name}", ("rl",), {"student.safetensors": students["sid", 1.2], "judges": judges}, *setting)
+            policies[f"rl {name}"] = policy/"student_rl.safetensors"
+            s.note(f"rl {name}", policies[f"rl {name}"], one, cfg)
+        s.clip_scores(policies, one)
     for t in tries:
         folder = s.train(f"t_guide-{t}", ("distill",), {"teacher.safetensors": teacher, "judges": judges}, *student_settings(2.0, "sid"), f"distill.t_guide={t}")
         s.note(f"sid cfg 2 t_guide {t}", folder/"student.safetensors", one, 2.0)
