@@ -31,7 +31,7 @@ from marval.sampling import OneStep, TeacherChain
 CHAINS = (5, 10, 25, 50, 100)
 JOBS = [(1.2, "sid"), (2.0, "sid"), (1.2, "gsim"), (1.2, "sim"), (2.0, "gsim"), (2.0, "sim"), (1.0, "sid"), (4.0, "sid")]      # cfg, loss
 TRIES = (1000, 300, 600, 150)   # t_guide at cfg 2; 1000 = guided at all noise levels, the paper
-RL = {"anchored": (), "free": ("rl.anchor=0",), "clip": ("rl.reward=clip",)}    # classifier reward; the same without the regulariser; a text reward, regularised
+RL = {"anchored": (), "free": ("rl.anchor=0",), "clip": ("rl.reward=clip", "rl.anchor=1000")}    # classifier reward; the same without the regulariser; a text reward, whose units are larger, regularised accordingly
 RESULTS = Path(__file__).parent/"results"/"digits_study.json"
 
 
