@@ -131,6 +131,7 @@ class RLConfig:
     prompt: str = _of("a high-quality and harmonious picture of {}", "paper", "prompt; {} is the name of the class")
     anchor: float = _of(3.0, "ours", "weight of the per-token squared distance to the frozen student; 0 = none, the paper")
     grad_steps: int = _of(0, "ours", "gradients reach the last so many AR steps; 0 = all K, the paper")
+    recompute: str = _of("steps", "ours", "steps (each AR step is computed again on the way back, to save memory) | none; the same result")
     lr: float = _of(1e-6, "ours", "learning rate")
     beta1: float = _of(0.9, "ours", "Adam beta 1")
     beta2: float = _of(0.99, "ours", "Adam beta 2")
@@ -198,7 +199,7 @@ class Config:
 
 # %% ../nbs/00_config.ipynb #00-010
 _CHOICES = {"data.name": ("digits", "imagenet"), "sampling.cfg_schedule": ("constant", "linear"), "distill.loss": ("sim", "gsim", "sid"),
-            "distill.distance": ("huber", "squared"), "distill.weight": ("eps", "score", "x0"), "rl.reward": ("classifier", "clip", "pickscore"),
+            "distill.distance": ("huber", "squared"), "distill.weight": ("eps", "score", "x0"), "rl.reward": ("classifier", "clip", "pickscore"), "rl.recompute": ("steps", "none"),
             "compute.precision": ("fp32", "bf16"), "compute.recompute": ("none", "blocks")}
 _ZERO_IS_FINE = {"seed", "teacher.warmup", "distill.warmup", "rl.warmup", "rl.anchor", "rl.grad_steps", "log.metric_every", "sampling.cfg", "sampling.temperature", "sampling.clip",
                  "distill.alpha", "distill.t_min", "distill.phi_first"}
@@ -245,10 +246,10 @@ _DIGITS = {
     "teacher.ema": (0.998, "ours"), "teacher.decay_from": (0.5, "ours"), "teacher.decay_to": (0.05, "ours"), "teacher.mask_min": (0.1, "ours"), "teacher.mask_std": (1.0, "ours"),
     "distill.iterations": (1200, "ours"), "distill.batch": (16, "ours"), "distill.lr": (2e-4, "ours"), "distill.lr_phi": (5e-4, "ours"), "distill.t_guide": (450, "ours"),
     "distill.ema": (0.995, "ours"), "distill.warmup": (0, "ours"), "distill.phi_first": (100, "ours"),
-    "rl.iterations": (50, "ours"), "rl.batch": (64, "ours"), "rl.anchor": (100.0, "ours"), "rl.reward": ("classifier", "ours"), "rl.lr": (1e-4, "ours"), "rl.ema": (0.9, "ours"), "rl.warmup": (5, "ours"),
+    "rl.iterations": (50, "ours"), "rl.batch": (64, "ours"), "rl.anchor": (100.0, "ours"), "rl.reward": ("classifier", "ours"), "rl.lr": (1e-4, "ours"), "rl.ema": (0.9, "ours"), "rl.warmup": (5, "ours"), "rl.recompute": ("none", "ours"),
     "rl.prompt": ("a high-quality and harmonious picture of the digit {}", "ours"),
-    "evaluate.n": (2000, "ours"), "evaluate.batch": (500, "ours"),
-    "log.checkpoint_every": (200, "ours"), "log.sample_every": (500, "ours"), "log.metric_every": (400, "ours"),
+    "evaluate.n": (2000, "ours"), "evaluate.batch": (500, "ours"), "evaluate.timing_repeats": (3, "ours"),
+    "log.checkpoint_every": (200, "ours"), "log.sample_every": (500, "ours"), "log.metric_every": (400, "ours"), "log.metric_n": (500, "ours"),
 }
 _SMOKE = _DIGITS | {
     "model.width": (32, "ours"), "model.depth": (1, "ours"), "model.heads": (2, "ours"), "model.buffer_size": (2, "ours"),

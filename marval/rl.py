@@ -78,7 +78,7 @@ class RLStage(Watched):
         r"$L_{\text{RL}} = -E[R] + w_A E[A]$ of one roll-out with gradients."
         m, r = self.cfg.model, self.r
         with autocast(self.cfg.compute.precision, self.device):
-            tokens = sample(self.policy, labels, self.draw, self.cfg.sampling.K, orders=orders, noise=noise, checkpoint=True, grad_steps=r.grad_steps)
+            tokens = sample(self.policy, labels, self.draw, self.cfg.sampling.K, orders=orders, noise=noise, checkpoint=r.recompute == "steps", grad_steps=r.grad_steps)
         reward = self.reward(self.decode(unpatchify(tokens, m.patch_size)), labels).mean()
         loss = -reward
         anchor = torch.zeros((), device=self.device)
