@@ -277,7 +277,7 @@ class LatentLoader:
         if not 0 <= rank < world or batch % world or batch < 1:
             raise BadInput(f"batch {batch}, rank {rank} of {world}: expected 0 <= rank < world, and a batch that is a multiple of {world}")
         if len(cache) < batch: raise BadInput(f"{cache.path} has {len(cache)} images; expected at least one batch of {batch}")
-        self.cache, self.batch, self.seed, self.name, self.positions = cache, batch, seed, name, range(rank, batch, world)
+        self.cache, self.batch, self.seed, self.name, self.positions = cache, batch, seed, name, range(rank * batch // world, (rank + 1) * batch // world)
         self.device, self.prefetch, self.ahead, self.pool = torch.device(device), prefetch, {}, ThreadPoolExecutor(threads, "latents")
 
     def prepare(self, i: int,              # number of the step
