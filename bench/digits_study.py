@@ -13,6 +13,7 @@ study can be stopped and started again; `results.json` of a seed grows as figure
 import argparse
 import json
 import shutil
+import statistics
 from pathlib import Path
 
 import torch
@@ -116,14 +117,20 @@ def study(seed: int, out: Path, settings: list[str], jobs: list[tuple[float, str
     for n in CHAINS[:-1] if chains else (): s.note(f"teacher cfg 1.2 chain {n}", teacher, chain(n), 1.2)
 
 
-def timing(out: Path):
-    "Seconds per image of the teacher's chains and of one step, equal K, one thread."
+def timing(out: Path, rounds: int = 7):
+    "Seconds per image of the teacher's chains and of one step, equal K, one thread. Medians over rounds, each of which times all of them, so that a machine that changes its speed changes it for all."
     c, sched, weights = preset("digits"), Schedule.cosine(), load_weights(out/"seed0"/"base"/"teacher.safetensors")
-    result = {"provenance": run_provenance() | {"threads": torch.get_num_threads(), "K": c.sampling.K, "cfg": c.sampling.cfg, "dtype": "float32"}}
-    for name, draw in {**{f"chain {n}": TeacherChain(sched, n, clip=c.sampling.clip) for n in CHAINS}, "one step": OneStep(sched, c.sampling.entry_abar)}.items():
-        result[name] = seconds_per_image(lambda n: draw_images(c, weights, draw, torch.arange(n) % 10), (1, 64), 7)
-        print(name, result[name], flush=True)
-    write_json(out/"timing.json", result)
+    draws = {**{f"chain {n}": TeacherChain(sched, n, clip=c.sampling.clip) for n in CHAINS}, "one step": OneStep(sched, c.sampling.entry_abar)}
+    taken = {name: {"1": [], "64": []} for name in draws}
+    for i in range(rounds):
+        for name, draw in draws.items():
+            seconds = seconds_per_image(lambda n: draw_images(c, weights, draw, torch.arange(n) % 10), (1, 64), 1 if draw.rounds > 30 else 5)
+            for batch, value in seconds.items(): taken[name][batch].append(value)
+        print(f"round {i + 1} of {rounds}: " + ", ".join(f"batch {b} {taken['chain 100'][b][-1] / taken['one step'][b][-1]:.1f}x" for b in ("1", "64")), flush=True)
+    provenance = run_provenance() | {"threads": torch.get_num_threads(), "K": c.sampling.K, "cfg": c.sampling.cfg, "dtype": "float32", "rounds": rounds}
+    ratios = {b: [x / y for x, y in zip(taken["chain 100"][b], taken["one step"][b])] for b in ("1", "64")}
+    medians = {name: {b: statistics.median(v) for b, v in by.items()} for name, by in taken.items()}
+    write_json(out/"timing.json", {"provenance": provenance, **medians, "speedup by round": ratios})
 
 
 def merge(out: Path):
