@@ -131,9 +131,10 @@ def need(cfg: Config,  # a whole configuration
             flops.append(part.phi_updates * (c.flops + h.flops + 3 * (c + hp).flops)                  # theta generates; phi learns
                          + 3 * (c + h).flops + (1 + guided) * c.flops + 2 * (1 + guided) * h.flops)   # theta; contexts of phi and teacher; gradients through their heads
         else:
-            revealed = max(reveal_counts(L, cfg.sampling.K))
-            step = c + meter.head(B * revealed)
-            phases, flops = phases + [step.bytes + 2 * cfg.sampling.K * B * L * cfg.model.token_dim], flops + [cfg.sampling.K * (4 + (part.anchor > 0)) * step.flops]
+            K = cfg.sampling.K
+            peak = c.bytes + meter.head(B * max(reveal_counts(L, K))).bytes
+            phases.append(peak + 2 * K * B * L * cfg.model.token_dim)                                 # and the tokens between steps
+            flops.append((4 + (part.anchor > 0)) * (K * c.flops + meter.head(B * L).flops))           # every token is drawn once
     return Need(P * (18 * trained + 4 + 6 * frozen), max(phases), gpus * sum(flops) / len(flops))
 
 # %% ../nbs/14_plan.ipynb #14-022
