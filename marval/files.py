@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -73,11 +74,11 @@ def ensure_folder(path: Path | str,  # folder, made with its parents where it is
                   ) -> Path:         # the same
     "Make a folder and prove that it takes files. Raises `BadInput` where it doesn't."
     path = Path(path)
-    probe = path/".probe"
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"?")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=path) as probe:              # of another name in every process
+            probe.write(b"?")
+            probe.flush()
     return path
 
 

@@ -7,11 +7,13 @@ __all__ = ['Place', 'place', 'group', 'world', 'rank', 'Part', 'own_parts', 'dro
            'sum_gradients', 'mean', 'on_first', 'anyone', 'agree']
 
 # %% ../nbs/00_parallel.ipynb #00-003
+import itertools
 import math
 import os
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -56,9 +58,21 @@ def group(device="cpu",            # kind of device: cpu or cuda
     if cuda:
         device = f"cuda:{here.local}"
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", rank=here.rank, world_size=here.world, timeout=timedelta(minutes=timeout_min))
-    try: yield device
+    store = dist.PrefixStore(f"group {next(_joined)}", _store(here.rank, here.world, os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=here.rank, world_size=here.world, timeout=timedelta(minutes=timeout_min))
+    try:
+        yield device
+        dist.barrier()                                   # nobody leaves while another still has something to ask
     finally: dist.destroy_process_group()
+
+
+_joined = itertools.count()  # groups that this process has belonged to
+
+
+@lru_cache(maxsize=1)
+def _store(rank, world, *address):
+    "Where the ranks meet, for as long as they live: the next group must not find this one's store just closing."
+    return next(dist.rendezvous("env://", rank, world))[0]
 
 
 def world() -> int:
@@ -70,7 +84,7 @@ def rank() -> int:
     "The number of this process; 0 outside of a group."
     return dist.get_rank() if world() > 1 else 0
 
-# %% ../nbs/00_parallel.ipynb #00-012
+# %% ../nbs/00_parallel.ipynb #00-013
 @dataclass(frozen=True)
 class Part:
     "Part `index` of a batch that is cut into `parts` equal ones."
@@ -96,7 +110,7 @@ def own_parts(batch: int,          # images of a step, over all processes
     if batch % n: raise BadInput(f"{name}={batch} in {world()} x {accumulate} parts (processes x compute.accumulate): expected a multiple of {n}")
     return [Part(rank() * accumulate + j, n) for j in range(accumulate)]
 
-# %% ../nbs/00_parallel.ipynb #00-016
+# %% ../nbs/00_parallel.ipynb #00-017
 _part = Part()  # whose rows the network is looking at
 
 @contextmanager
@@ -131,7 +145,7 @@ def attention(q: Tensor, # [rows, heads, n, d] queries
     if not p or _part.parts == 1 or q.is_cuda: return F.scaled_dot_product_attention(q, k, v, dropout_p=p)
     return dropout((q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1), p) @ v
 
-# %% ../nbs/00_parallel.ipynb #00-019
+# %% ../nbs/00_parallel.ipynb #00-020
 def autocast(precision: str,  # fp32 | bf16
              device="cpu",    # where the network lives
              ):               # a context for forward passes
@@ -139,7 +153,7 @@ def autocast(precision: str,  # fp32 | bf16
     if precision == "fp32": return nullcontext()
     return torch.autocast(torch.device(device).type, torch.bfloat16, cache_enabled=False)
 
-# %% ../nbs/00_parallel.ipynb #00-022
+# %% ../nbs/00_parallel.ipynb #00-023
 def backward(parts: list[Part], # this process's, see `own_parts`
              losses,            # part -> {"loss": 0-d, ...}, means over the part
              ) -> dict[str, Tensor]: # the same names: means over this process's parts
@@ -187,7 +201,7 @@ def mean(x: Tensor,  # any shape, one value a rank
     dist.all_reduce(x)
     return x / world()
 
-# %% ../nbs/00_parallel.ipynb #00-024
+# %% ../nbs/00_parallel.ipynb #00-025
 def on_first(f,            # what rank 0 does
              *args,        # its arguments
              share=False,  # whether all get the result, which must then be picklable
