@@ -25,7 +25,10 @@ def _of(default, source: str, doc: str):
 class DataConfig:
     "Where the images come from."
     name: str = _of("imagenet", "MAR", "data set: digits | imagenet")
-    path: str = _of("", "ours", "folder of the images; digits come with scikit-learn and need none")
+    path: str = _of("", "ours", "folder of the images, ROOT/CLASS/IMAGE; digits come with scikit-learn and need none")
+    vae: str = _of("", "ours", "file of the tokenizer's weights, MAR's kl16.ckpt; digits need none")
+    names: str = _of("", "ours", "JSON file {class folder: name}, for prompts; empty = ImageNet's names where the folders are its 1000, else the folders' own")
+    max_bad: int = _of(10, "ours", "so many images that can't be decoded are skipped; one more is an error")
     latent_scale: float = _of(0.2325, "MAR", "factor on the tokenizer's latents, 1/std over the training set")
 
 
@@ -76,7 +79,8 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    "MAR's own training."
+    "MAR's own training, or its result."
+    checkpoint: str = _of("", "ours", "file of trained weights, MAR's public checkpoint or ours, to take instead of training")
     iterations: int = _of(500_400, "MAR", "optimiser steps (800 epochs of 1,281,167 images at batch 2048)")
     batch: int = _of(2048, "MAR", "images per step, over all devices")
     lr: float = _of(8e-4, "MAR", "learning rate after warm-up, 1e-4 x batch / 256")
@@ -127,7 +131,9 @@ class RLConfig:
     "Back-propagating a reward through the K-step roll-out."
     iterations: int = _of(25_022, "paper", "optimiser steps (5 epochs; the batch that turns them into steps is ours)")
     batch: int = _of(256, "ours", "images per step, over all devices")
-    reward: str = _of("pickscore", "paper", "pickscore | classifier | clip (the last two: digits)")
+    reward: str = _of("pickscore", "paper", "pickscore | clip | classifier (digits alone)")
+    reward_model: str = _of("ViT-H-14", "paper", "text rewards on photographs: the two towers, an architecture of open_clip or a JSON file of one")
+    reward_weights: str = _of("", "ours", "text rewards on photographs: file of the towers' weights, PickScore's own or open_clip's")
     prompt: str = _of("a high-quality and harmonious picture of {}", "paper", "prompt; {} is the name of the class")
     anchor: float = _of(3.0, "ours", "weight of the per-token squared distance to the frozen student; 0 = none, the paper")
     grad_steps: int = _of(0, "ours", "gradients reach the last so many AR steps; 0 = all K, the paper")
@@ -156,6 +162,7 @@ class EvaluateConfig:
     n: int = _of(50_000, "paper", "images per model")
     batch: int = _of(250, "ours", "images drawn at once")
     timing_repeats: int = _of(5, "ours", "timed draws per batch size; the median counts")
+    pictures: int = _of(40, "ours", "images per model that are kept as files, named after their prompts; digits keep none")
 
 
 @dataclass(frozen=True)
@@ -171,7 +178,9 @@ class LogConfig:
 class ComputeConfig:
     "How a training step is computed. Of these, `precision` alone changes its result by more than rounding."
     accumulate: int = _of(1, "ours", "parts that each process makes of its share of the batch, one after another, to save memory")
-    precision: str = _of("fp32", "ours", "fp32 | bf16: matrix products of the forward passes of training; weights and optimisers are fp32 always")
+    precision: str = _of("bf16", "ours", "fp32 | bf16: matrix products of the forward passes of training; weights and optimisers are fp32 always")
+    sharding: str = _of("ddp", "ours", "ddp (every process holds all weights) | fsdp (each holds a share of weights, gradients and optimisers)")
+    compile: str = _of("off", "ours", "off | on: torch.compile for the transformer and head blocks that are trained")
     recompute: str = _of("none", "ours", "none | blocks (activations inside the transformer blocks are computed again on the way back, to save memory)")
 
 
@@ -200,8 +209,8 @@ class Config:
 # %% ../nbs/00_config.ipynb #00-010
 _CHOICES = {"data.name": ("digits", "imagenet"), "sampling.cfg_schedule": ("constant", "linear"), "distill.loss": ("sim", "gsim", "sid"),
             "distill.distance": ("huber", "squared"), "distill.weight": ("eps", "score", "x0"), "rl.reward": ("classifier", "clip", "pickscore"), "rl.recompute": ("steps", "none"),
-            "compute.precision": ("fp32", "bf16"), "compute.recompute": ("none", "blocks")}
-_ZERO_IS_FINE = {"seed", "teacher.warmup", "distill.warmup", "rl.warmup", "rl.anchor", "rl.grad_steps", "log.metric_every", "sampling.cfg", "sampling.temperature", "sampling.clip",
+            "compute.precision": ("fp32", "bf16"), "compute.sharding": ("ddp", "fsdp"), "compute.compile": ("off", "on"), "compute.recompute": ("none", "blocks")}
+_ZERO_IS_FINE = {"seed", "data.max_bad", "evaluate.pictures", "teacher.warmup", "distill.warmup", "rl.warmup", "rl.anchor", "rl.grad_steps", "log.metric_every", "sampling.cfg", "sampling.temperature", "sampling.clip",
                  "distill.alpha", "distill.t_min", "distill.phi_first"}
 _SHARES = {"model.dropout", "teacher.label_drop", "teacher.mask_min"} | {f"{s}.{k}" for s in ("teacher", "distill", "rl")
            for k in ("beta1", "beta2", "weight_decay", "ema", "decay_from", "decay_to")}
@@ -248,7 +257,7 @@ _DIGITS = {
     "distill.ema": (0.995, "ours"), "distill.warmup": (0, "ours"), "distill.phi_first": (100, "ours"),
     "rl.iterations": (50, "ours"), "rl.batch": (64, "ours"), "rl.anchor": (100.0, "ours"), "rl.reward": ("classifier", "ours"), "rl.lr": (1e-4, "ours"), "rl.ema": (0.9, "ours"), "rl.warmup": (5, "ours"), "rl.recompute": ("none", "ours"),
     "rl.prompt": ("a high-quality and harmonious picture of the digit {}", "ours"),
-    "evaluate.n": (2000, "ours"), "evaluate.batch": (500, "ours"), "evaluate.timing_repeats": (3, "ours"),
+    "evaluate.n": (2000, "ours"), "evaluate.batch": (500, "ours"), "evaluate.timing_repeats": (3, "ours"), "compute.precision": ("fp32", "ours"),
     "log.checkpoint_every": (200, "ours"), "log.sample_every": (500, "ours"), "log.metric_every": (400, "ours"), "log.metric_n": (500, "ours"),
 }
 _SMOKE = _DIGITS | {
@@ -260,8 +269,17 @@ _SMOKE = _DIGITS | {
     "evaluate.n": (64, "ours"), "evaluate.batch": (64, "ours"), "evaluate.timing_repeats": (1, "ours"),
     "log.checkpoint_every": (4, "ours"), "log.sample_every": (10, "ours"), "log.metric_every": (0, "ours"),
 }
+_TINY = {
+    "model.img_size": (64, "ours"), "model.width": (64, "ours"), "model.depth": (2, "ours"), "model.heads": (4, "ours"), "model.buffer_size": (4, "ours"),
+    "model.head_depth": (2, "ours"), "model.head_width": (64, "ours"), "sampling.K": (4, "ours"), "sampling.chain_steps": (10, "ours"),
+    "teacher.iterations": (40, "ours"), "teacher.batch": (16, "ours"), "teacher.warmup": (5, "ours"), "teacher.ema": (0.9, "ours"),
+    "distill.iterations": (20, "ours"), "distill.batch": (16, "ours"), "distill.phi_first": (4, "ours"), "distill.warmup": (0, "ours"), "distill.ema": (0.9, "ours"),
+    "rl.iterations": (8, "ours"), "rl.batch": (8, "ours"), "rl.reward": ("clip", "ours"), "rl.warmup": (2, "ours"), "rl.ema": (0.9, "ours"),
+    "evaluate.n": (16, "ours"), "evaluate.batch": (16, "ours"), "evaluate.timing_repeats": (1, "ours"), "evaluate.pictures": (8, "ours"),
+    "log.checkpoint_every": (4, "ours"), "log.sample_every": (10, "ours"), "compute.precision": ("fp32", "ours"),
+}
 _OVERRIDES = {
-    "smoke": _SMOKE, "digits": _DIGITS, "base": {},
+    "smoke": _SMOKE, "digits": _DIGITS, "tiny": _TINY, "base": {},
     "large": {"model.width": (1024, "MAR"), "model.depth": (16, "MAR"), "model.heads": (16, "MAR"), "model.head_depth": (8, "MAR"), "model.head_width": (1280, "MAR")},
     "huge": {"model.width": (1280, "MAR"), "model.depth": (20, "MAR"), "model.heads": (16, "MAR"), "model.head_depth": (12, "MAR"), "model.head_width": (1536, "MAR")},
 }
