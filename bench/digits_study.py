@@ -25,7 +25,8 @@ from marval.diffusion import Schedule
 from marval.evaluate import frechet, measure, run_provenance, seconds_per_image
 from marval.files import write_json
 from marval.mar import load_weights
-from marval.pipeline import draw_images, run
+from marval.pipeline import run
+from marval.stages import draw_images
 from marval.rewards import load_judges, make_reward
 from marval.sampling import OneStep, TeacherChain
 

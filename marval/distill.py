@@ -21,7 +21,7 @@ from .guidance import guided_eps
 from .mar import MAR
 from .parallel import Part, autocast, backward, own_parts
 from .sampling import OneStep, random_orders, reveal_counts
-from .train import EMA, Watched, batch_indices, clip_and_step, lr_factor, make_adamw, step_seed
+from .train import EMA, Data, Watched, clip_and_step, lr_factor, make_adamw, step_seed
 
 # %% ../nbs/08_distill.ipynb #08-006
 def known_counts(L: int, # tokens of an image
@@ -46,10 +46,10 @@ def masked_contexts(model: MAR,     # any of the networks
 # %% ../nbs/08_distill.ipynb #08-009
 class Draws(NamedTuple):
     "All that is drawn for one update: for the whole batch, or for a part of it."
-    tokens: Tensor  # [B, L, D] real images
+    tokens: Tensor  # [B / R, L, D] real images, this process's stretch of the batch
     order: Tensor   # [B, L] random order of the positions
     n_known: int    # tokens that are visible
-    labels: Tensor  # [B] classes
+    labels: Tensor  # [B / R] their classes
     z: Tensor       # [N, D] entry noise of the N = B (L - n_known) masked tokens
     t: Tensor       # [r N] diffusion times, r of them a token
     eps: Tensor     # [r N, D] the noise to go with them
@@ -57,7 +57,7 @@ class Draws(NamedTuple):
     def of(self, part: Part) -> "Draws":
         "Those of a part's images."
         r = len(self.t) // len(self.z)
-        return Draws(part.take(self.tokens), part.take(self.order), self.n_known, part.take(self.labels), part.take(self.z), part.take(self.t, r), part.take(self.eps, r))
+        return Draws(part.own(self.tokens), part.take(self.order), self.n_known, part.own(self.labels), part.take(self.z), part.take(self.t, r), part.take(self.eps, r))
 
 
 class DistillStage(Watched):
@@ -66,8 +66,7 @@ class DistillStage(Watched):
 
     def __init__(self, cfg: Config,        # the whole configuration; `cfg.distill` and `cfg.sampling` are used
                  teacher: MAR,             # the frozen teacher; theta and phi start as its copies
-                 tokens: Tensor,           # [n, L, D] real images as tokens
-                 labels: Tensor,           # [n] their classes
+                 data: Data,               # real images as tokens
                  decode,                   # latents -> images, for pictures and measures
                  measure_fn=None,          # (images, labels) -> {name: value}
                  device="cpu",             # where everything lives
@@ -76,7 +75,7 @@ class DistillStage(Watched):
         super().__init__(cfg, OneStep(self.sched, cfg.sampling.entry_abar), decode, measure_fn, device)
         self.d, self.iterations = cfg.distill, cfg.distill.iterations
         self.parts = own_parts(self.d.batch, cfg.compute.accumulate, "distill.batch")
-        self.tokens, self.labels = tokens.to(device), labels.to(device)
+        self.read = data.feed(self.d.batch, cfg.seed, self.name, device)
         self.teacher = teacher.to(device).eval().requires_grad_(False)
         self.theta = copy.deepcopy(self.teacher).requires_grad_(True)
         self.phi = copy.deepcopy(self.teacher)
@@ -106,20 +105,21 @@ class DistillStage(Watched):
               generator: torch.Generator,  # the step's own randomness
               ) -> Draws:
         "Masked real images, entry noise and diffusion noise for one update, for the whole batch."
-        rows = batch_indices(len(self.labels), self.d.batch, i, self.cfg.seed, self.name).to(self.labels.device)
-        order = random_orders(len(rows), self.tokens.shape[1], generator=generator, device=self.labels.device)
+        m, d, device = self.cfg.model, self.d, self.device
+        tokens, labels = self.read(i)
+        order = random_orders(d.batch, m.seq_len, generator=generator, device=device)
         n_known = random.Random(step_seed(self.cfg.seed, self.name + "/mask", i)).choice(self.known)   # a shape: drawn on the host
-        n = len(rows) * (self.tokens.shape[1] - n_known)
-        normal = lambda n: torch.randn(n, self.tokens.shape[-1], generator=generator, device=self.labels.device, dtype=self.tokens.dtype)
+        n = d.batch * (m.seq_len - n_known)
+        normal = lambda n: torch.randn(n, m.token_dim, generator=generator, device=device, dtype=self.theta.mask_token.dtype)
         z = normal(n)
-        t = torch.randint(t_min, t_max, (repeats * n,), generator=generator, device=self.labels.device)
-        return Draws(self.tokens[rows], order, n_known, self.labels[rows], z, t, normal(repeats * n))
+        t = torch.randint(t_min, t_max, (repeats * n,), generator=generator, device=device)
+        return Draws(tokens, order, n_known, labels, z, t, normal(repeats * n))
 
     def _generate(self, b: Draws) -> Tensor:
         r"$x_0 = g_\theta(z, c_\theta)$ for every masked token, [N, D]."
         return self.draw.tokens(self.theta, masked_contexts(self.theta, *b[:4]), b.z)
 
-    def _forward(self): return autocast(self.cfg.compute.precision, self.labels.device)
+    def _forward(self): return autocast(self.cfg.compute.precision, self.device)
 
     def phi_loss(self, b: Draws) -> Tensor:
         r"$L_\phi = E\lVert\hat\epsilon_\phi(x_t, t, c_\phi) - \epsilon\rVert^2$ on the student's own samples, per number."

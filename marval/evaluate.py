@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'MEASURES', 'FACTS', 'SCHEMA', 'features', 'register_digit_extractor', 'frechet', 'kid', 'precision_recall',
-           'coverage', 'diversity', 'accuracy', 'measure', 'token_agreement', 'seconds_per_image', 'check_metrics',
-           'summarise', 'noise_floor', 'run_provenance', 'metrics_table']
+           'coverage', 'diversity', 'accuracy', 'measure', 'token_agreement', 'seconds_side_by_side',
+           'seconds_per_image', 'check_metrics', 'summarise', 'noise_floor', 'run_provenance', 'metrics_table']
 
 # %% ../nbs/13_evaluate.ipynb #13-003
 import statistics
@@ -155,24 +155,32 @@ def token_agreement(student: Tensor,  # [N, M, D]: M draws of each of N contexts
     return dict(energy=energy.mean().item(), std_ratio=(std(s) / std(t)).mean().item())
 
 # %% ../nbs/13_evaluate.ipynb #13-032
-def seconds_per_image(draw,               # n -> n images; what is timed
-                      batches=(1, 64),    # batch sizes
-                      repeats: int = 5,   # timed draws of each; the median counts
-                      ) -> dict:          # batch size as text -> seconds
-    "Median wall-clock time of `draw(n)`, divided by n, after one untimed draw."
+def seconds_side_by_side(draws: dict,       # name -> (n -> n images); what is timed
+                         batches=(1, 64),   # batch sizes
+                         repeats: int = 5,  # rounds; the median of each counts
+                         ) -> dict:         # name -> batch size as text -> seconds
+    "Median wall-clock time of `draw(n)`, divided by n, after one untimed draw. Every round draws once with each, so that a slow minute of the machine is shared."
     def wait():
         if torch.cuda.is_available(): torch.cuda.synchronize()
-    def once(n):
+    def once(draw, n):
         wait()
         start = time.perf_counter()
         draw(n)
         wait()
         return time.perf_counter() - start
-    out = {}
+    out = {name: {} for name in draws}
     for n in batches:
-        once(n)
-        out[str(n)] = statistics.median(once(n) for _ in range(repeats)) / n
+        rounds = [{name: once(draw, n) for name, draw in draws.items()} for _ in range(repeats + 1)][1:]
+        for name in draws: out[name][str(n)] = statistics.median(r[name] for r in rounds) / n
     return out
+
+
+def seconds_per_image(draw,               # n -> n images; what is timed
+                      batches=(1, 64),    # batch sizes
+                      repeats: int = 5,   # timed draws of each; the median counts
+                      ) -> dict:          # batch size as text -> seconds
+    "As `seconds_side_by_side`, of one alone."
+    return seconds_side_by_side({"": draw}, batches, repeats)[""]
 
 # %% ../nbs/13_evaluate.ipynb #13-035
 MODELS = ("teacher", "one_step_init", "student", "student_rl")

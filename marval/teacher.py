@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from .config import Config
 from .diffusion import Schedule, diffusion_losses, q_sample
 from .mar import MAR
-from .parallel import Part, autocast, backward, own_parts
+from .parallel import Part, autocast, backward, own_parts, own_rows
 from .sampling import TeacherChain, random_orders
-from .train import EMA, Watched, batch_indices, clip_and_step, lr_factor, make_adamw, step_generator, step_seed
+from .train import EMA, Data, Watched, clip_and_step, lr_factor, make_adamw, step_generator, step_seed
 
 # %% ../nbs/07b_teacher.ipynb #07-005
 def masked_count(L: int,          # tokens of an image
@@ -37,18 +37,16 @@ class TeacherStage(Watched):
     name = "teacher"
 
     def __init__(self, cfg: Config,     # the whole configuration; `cfg.teacher` is used, and `cfg.sampling` for pictures
-                 tokens: Tensor,        # [n, L, D] images as tokens
-                 labels: Tensor,        # [n] their classes, long
-                 device=None,           # where everything lives; None = where the tokens are
+                 data: Data,            # images as tokens
+                 device="cpu",          # where everything lives
                  decode=None,           # latents -> images in [0, 1]; None = the latents are pixels in [-1, 1]
                  measure_fn=None,       # (images, labels) -> {name: value}, called every `log.metric_every` steps
                  ):
-        device = tokens.device if device is None else torch.device(device)
         self.sched = Schedule.cosine(device=device)
         super().__init__(cfg, TeacherChain(self.sched, min(20, cfg.sampling.chain_steps), clip=cfg.sampling.clip), decode, measure_fn, device)
         self.t, self.iterations = cfg.teacher, cfg.teacher.iterations
         self.parts = own_parts(self.t.batch, cfg.compute.accumulate, "teacher.batch")
-        self.tokens, self.labels = tokens.to(device), labels.to(device)
+        self.read = data.feed(self.t.batch, cfg.seed, self.name, device)
         step_generator(cfg.seed, self.name + "/init", 0)
         self.model = MAR(cfg.model).to(device).train()
         self.model.recompute = cfg.compute.recompute == "blocks"
@@ -64,14 +62,14 @@ class TeacherStage(Watched):
     def optimizers(self) -> dict[str, torch.optim.Optimizer]: return dict(model=self.opt)
 
     def batch(self, i: int, generator: torch.Generator):
-        "Tokens [B, L, D], order [B, L], number of visible tokens, labels [B] of step i."
+        "Tokens [B / R, L, D] and labels [B / R] of this process's stretch of the batch; order [B, L] of the whole, number of visible tokens."
         t, m = self.t, self.cfg.model
-        rows = batch_indices(len(self.labels), t.batch, i, self.cfg.seed, self.name, self.device)
+        tokens, labels = self.read(i)
         dropped = torch.rand(t.batch, generator=generator, device=self.device) < t.label_drop
-        labels = torch.where(dropped, m.class_num, self.labels[rows])
+        labels = torch.where(own_rows(dropped), m.class_num, labels)
         order = random_orders(t.batch, m.seq_len, generator=generator, device=self.device)
         u = 1 - random.Random(step_seed(self.cfg.seed, self.name + "/mask", i)).random()
-        return self.tokens[rows], order, m.seq_len - masked_count(m.seq_len, t.mask_min, t.mask_std, u), labels
+        return tokens, order, m.seq_len - masked_count(m.seq_len, t.mask_min, t.mask_std, u), labels
 
     def noise(self, n_known: int,               # how many tokens are visible
               generator: torch.Generator,       # the step's own randomness
@@ -79,7 +77,7 @@ class TeacherStage(Watched):
         "Times and noise of all masked tokens of the whole batch."
         n = self.t.diffusion_mul * self.t.batch * (self.cfg.model.seq_len - n_known)
         t = torch.randint(self.sched.T, (n,), generator=generator, device=self.device)
-        return t, torch.randn(n, self.cfg.model.token_dim, generator=generator, device=self.device, dtype=self.tokens.dtype)
+        return t, torch.randn(n, self.cfg.model.token_dim, generator=generator, device=self.device, dtype=self.model.mask_token.dtype)
 
     def losses(self, x: Tensor,             # [B, L, D] tokens
                order: Tensor,               # [B, L] visible positions first
@@ -105,7 +103,7 @@ class TeacherStage(Watched):
         x, order, n_known, labels = self.batch(i, generator)
         times, eps = self.noise(n_known, generator)
         def losses(part: Part):
-            own = part.take(x), part.take(order), n_known, part.take(labels), part.take(times, t.diffusion_mul), part.take(eps, t.diffusion_mul)
+            own = part.own(x), part.take(order), n_known, part.own(labels), part.take(times, t.diffusion_mul), part.take(eps, t.diffusion_mul)
             mse, vb = (y.mean() for y in self.losses(*own))
             return dict(loss=mse + vb, mse=mse, vb=vb)
         means = backward(self.parts, losses)

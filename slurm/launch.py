@@ -189,7 +189,7 @@ def main(argv=None) -> int:
     try:
         args = arguments(argv)
         cfg = override(preset(args.scale, args.seed), args.set)
-        stages, cluster, out = pipeline.select(args.stage), pick_cluster(args.cluster, args.dry_run), Path(args.out or f"runs/{args.scale}")
+        stages, cluster, out = pipeline.select(args.stage, cfg), pick_cluster(args.cluster, args.dry_run), Path(args.out or f"runs/{args.scale}")
         if args.dry_run: return dry_run(cfg, stages, out, cluster)
         if set(pipeline.check(cfg, stages, out).values()) == {"done"}:
             print(f"{', '.join(stages)}: finished before; nothing to do in {out}")

@@ -34,6 +34,6 @@ def test_heavy_parts_are_optional():
 
 def test_asking_about_a_folder_needs_no_torch():
     "The launcher answers at once, because pipeline imports torch only where a stage is run."
-    script = "import sys, marval.pipeline as p; from marval.config import preset; p.check(preset('smoke'), p.select('all'), 'no/such/folder'); print('torch' in sys.modules)"
+    script = "import sys, marval.pipeline as p; from marval.config import preset; p.check(preset('smoke'), p.select('all', preset('smoke')), 'no/such/folder'); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment(), check=True)
     assert done.stdout.strip() == "False"

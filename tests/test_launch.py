@@ -191,7 +191,7 @@ def test_dry_run(scale, size, launch, tmp_path, monkeypatch, capsys):
     plan, *more, job = out.split("\n\n")
     rows = {line.split()[0]: line for line in [*plan.splitlines()[1:], *job.splitlines()]}
     assert [[line.split()[0] for line in table.splitlines()[2:]] for table in more] == ([["teacher", "distill", "rl"]] if scale in ("base", "large", "huge") else [])
-    assert all(stage in rows for stage in pipeline.GRAPH) and all(size in rows[stage] for stage in pipeline.STAGES)
+    assert all(stage in rows for stage in pipeline.DIGITS) and all(size in rows[stage] for stage in pipeline.STAGES)
     for stage in ("teacher", "distill", "rl"): assert re.search(rf" {getattr(preset(scale), stage).iterations} +{getattr(preset(scale), stage).batch} ", rows[stage])
     assert f"runs/{scale}" in rows["folder"] and rows["GPUs"].split()[1] == ("8" if scale in ("base", "large", "huge") else "none")
     assert err == "" and not list(tmp_path.iterdir())

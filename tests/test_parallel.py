@@ -26,6 +26,7 @@ def build(kind, overrides):
     from marval.rewards import ClassifierReward, DigitNet
     from marval.rl import RLStage
     from marval.teacher import TeacherStage
+    from marval.train import Resident
     cfg = override(preset("smoke"), [*(f"{s}.iterations=20" for s in STAGES), "log.checkpoint_every=100", "log.sample_every=20", *overrides])
     images, labels = load_digits_data()
     tokens = patchify(to_latents(images), cfg.model.patch_size)
@@ -33,8 +34,8 @@ def build(kind, overrides):
     net, reward = MAR(cfg.model).eval(), ClassifierReward(DigitNet())
     tokens = tokens.to(net.mask_token.dtype)
     for p in net.parameters(): p.data += 0.05 * torch.randn_like(p)          # the head starts at zero: wake it
-    if kind == "teacher": return cfg, TeacherStage(cfg, tokens, labels)
-    if kind == "distill": return cfg, DistillStage(cfg, net, tokens, labels, to_images)
+    if kind == "teacher": return cfg, TeacherStage(cfg, Resident(tokens, labels))
+    if kind == "distill": return cfg, DistillStage(cfg, net, Resident(tokens, labels), to_images)
     return cfg, RLStage(cfg, net, reward, to_images)
 
 

@@ -19,20 +19,20 @@ def figures(out):
     return strip(json.loads((out / "metrics.json").read_text()))
 
 
-def seconds(out): return {stage: json.loads((out / "state" / stage / "done.json").read_text())["seconds"] for stage in pipeline.GRAPH}
+def seconds(out): return {stage: json.loads((out / "state" / stage / "done.json").read_text())["seconds"] for stage in pipeline.DIGITS}
 
 
 def test_uninterrupted(reference):
     "Every product is there, the table is printed, and a second call has nothing to do."
     out, printed = reference
-    assert all((out / name).is_file() for node in pipeline.GRAPH.values() for name in node.writes) and (out / "config.json").is_file()
+    assert all((out / name).is_file() for node in pipeline.DIGITS.values() for name in node.writes) and (out / "config.json").is_file()
     assert all(name in printed for name in ("teacher", "one_step_init", "student_rl", "FD", "diversity"))
     assert list((out / "state" / "teacher" / "samples").glob("*.png")) and (out / "state" / "distill" / "log.jsonl").is_file()
     assert "<img" in (out / "report.html").read_text() and "http" not in (out / "report.html").read_text().split("base64,")[0]
     before, weights = contents(out), digests(out)
     status, stdout, stderr = Launched("--scale", "smoke", "--cluster", "local", "--out", out).end()
     assert (status, stderr) == (0, "") and "nothing to do" in stdout and contents(out) == before
-    assert set(pipeline.run(preset("smoke"), pipeline.select("all"), out).values()) == {"skipped"} and digests(out) == weights
+    assert set(pipeline.run(preset("smoke"), pipeline.select("all", preset("smoke")), out).values()) == {"skipped"} and digests(out) == weights
 
 
 def test_killed_at_five_random_moments(reference, tmp_path):
@@ -41,7 +41,7 @@ def test_killed_at_five_random_moments(reference, tmp_path):
     out, length, seed = tmp_path / "run", seconds(reference[0]), time.time_ns()
     rng, argv = random.Random(seed), ("--scale", "smoke", "--cluster", "local", "--out", out)
     print("seed of the moments:", seed)
-    for i, stage in enumerate(pipeline.GRAPH):
+    for i, stage in enumerate(pipeline.DIGITS):
         run, moment, logs = Launched(*argv), rng.uniform(0, 0.5) * length[stage], set((out / "state" / "jobs").glob("*/*_log.out"))
         reached = lambda: any(f"] {stage}" in log.read_text() for log in set((out / "state" / "jobs").glob("*/*_log.out")) - logs)
         assert wait_for(reached, run.process)

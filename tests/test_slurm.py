@@ -57,10 +57,10 @@ def test_one_job_per_stage_in_order(cluster, tmp_path):
     assert done.returncode == 0 and done.stderr == ""
     jobs = [flags(book / f"{n}.sh") for n in range(101, 106)]
     assert not (book / "106.sh").exists()
-    assert [j["job-name"] for j in jobs] == [f"marval-smoke-{stage}" for stage in pipeline.GRAPH]
+    assert [j["job-name"] for j in jobs] == [f"marval-smoke-{stage}" for stage in pipeline.DIGITS]
     assert [j.get("dependency") for j in jobs] == [None] + [f"afterok:{n}" for n in range(101, 105)]
     for j in jobs: assert "requeue" in j and j["signal"].startswith("USR2@") and j["open-mode"] == "append" and j["cpus-per-task"] == "2" and "gpus-per-node" not in j
-    assert [line.split()[:3] for line in done.stdout.splitlines()[:5]] == [[stage, "job", str(101 + i)] for i, stage in enumerate(pipeline.GRAPH)]
+    assert [line.split()[:3] for line in done.stdout.splitlines()[:5]] == [[stage, "job", str(101 + i)] for i, stage in enumerate(pipeline.DIGITS)]
 
 
 def test_big_scales_ask_for_the_papers_gpus(cluster):
