@@ -256,7 +256,7 @@ def _drawn(path, make):
     from safetensors.torch import load_file, save_file
     if not path.exists():
         images = make()
-        atomic_write(path, lambda tmp: save_file({"images": images.cpu()}, tmp))
+        atomic_write(path, lambda tmp: save_file({"images": images.cpu().contiguous()}, tmp))
     return load_file(path)["images"]
 
 

@@ -1,0 +1,198 @@
+"The road of photographs at toy size: image files, a tokenizer of random weights, latent cache, teacher, distillation, RL on a text reward, pictures."
+import json
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, Launched, contents, digests
+from PIL import Image
+
+from marval import pipeline
+from marval.config import BadInput, override, preset
+from marval.latents import LatentCache
+from marval.mar import MAR, load_weights, save_official, save_weights
+
+SAMPLE = (ROOT / os.environ.get("MARVAL_SHARED", "../shared") / "data" / "imagenet-sample").resolve()
+MODELS = ("teacher", "one_step_init", "student", "student_rl")
+
+
+def write_files(folder, classes):
+    "A tokenizer, a teacher in MAR's layout and ours, the towers of a reward: random weights, in the layouts of the public files."
+    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+    from marval.vae import KL16
+    torch.manual_seed(0)
+    torch.save({"model": KL16(ch=32, ch_mult=(1,) * 5, blocks=1, channels=16).state_dict()}, folder / "kl16.ckpt")
+    cfg = override(preset("tiny"), [f"model.class_num={classes}"])
+    net = MAR(cfg.model)
+    for p in net.parameters(): p.data += 0.05 * torch.randn_like(p)          # the head starts at zero: wake it
+    save_official(net, folder / "teacher.pth")
+    save_weights(net, folder / "teacher.safetensors")
+    towers = dict(embed_dim=32, vision_cfg=dict(layers=1, width=64, head_width=32, patch_size=16, image_size=64), text_cfg=dict(context_length=32, vocab_size=49408, width=32, heads=2, layers=1))
+    (folder / "towers.json").write_text(json.dumps(towers))
+    torch.save(CLIP(32, CLIPVisionCfg(**towers["vision_cfg"]), CLIPTextCfg(**towers["text_cfg"])).state_dict(), folder / "towers.bin")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    "Five classes of four coloured pictures each, and the files."
+    folder = write_files(tmp_path_factory.mktemp("small"), 5)
+    g = torch.Generator().manual_seed(0)
+    for c in range(5):
+        (folder / "tree" / f"class {c}").mkdir(parents=True)
+        for i in range(4): Image.fromarray(torch.randint(0, 256, (70 + c, 80, 3), generator=g).byte().numpy()).save(folder / "tree" / f"class {c}" / f"{i}.png")
+    return folder
+
+
+def options(folder, tree="tree", teacher="teacher.pth"):
+    return ["--data", folder / tree, "--vae", folder / "kl16.ckpt", "--reward", folder / "towers.bin", *(["--teacher", folder / teacher] if teacher else []),
+            "--set", f"rl.reward_model={folder / 'towers.json'}"]
+
+
+def settings(folder, *more, classes=5, teacher="teacher.pth"):
+    "The same as a configuration."
+    files = dict(data_path="tree", data_vae="kl16.ckpt", rl_reward__weights="towers.bin", rl_reward__model="towers.json") | ({"teacher_checkpoint": teacher} if teacher else {})
+    return override(preset("tiny"), [f"model.class_num={classes}", "teacher.batch=16", *(f"{k.replace('_', '.', 1).replace('__', '_')}={folder / v}" for k, v in files.items()), *more])
+
+
+def test_thousand_real_images(tmp_path):
+    "From 1000 photographs of ImageNet to pictures named after their prompts, by the command a researcher types; and nothing is done twice."
+    if not (SAMPLE / "train.zip").exists(): pytest.skip(f"no {SAMPLE / 'train.zip'}: the 1000 photographs are not part of this repository")
+    folder, out = write_files(tmp_path, 1000), tmp_path / "run"
+    with zipfile.ZipFile(SAMPLE / "train.zip") as z: z.extractall(folder / "tree")
+    command = ["--scale", "tiny", "--cluster", "local", "--out", out, *options(folder)]
+    status, said, err = Launched(*command).end()
+    assert status == 0, err
+    assert [line.split("]")[1].strip() for line in said.splitlines() if line.startswith("[")] == list(pipeline.STAGES)
+    cache = LatentCache(out / "cache", full=True)
+    assert len(cache) == 1000 and len(cache.classes) == 1000
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["n"] == 8 and metrics["prompts"][0] == "a high-quality and harmonious picture of tench" and set(MODELS) < set(metrics)
+    for model in MODELS:
+        pictures = sorted((out / "samples" / model).iterdir())
+        assert len(pictures) == 8 and pictures[0].name == "0000 a high-quality and harmonious picture of tench.png"
+        assert all(Image.open(p).size == (64, 64) for p in pictures) and len({p.read_bytes() for p in pictures}) == 8
+    moved = {name: sum(float((a - b).abs().sum()) for a, b in zip(*(load_weights(out / f"{m}.safetensors").parameters() for m in pair)))
+             for name, pair in dict(distill=("teacher", "student"), rl=("student", "student_rl")).items()}
+    assert all(v > 0 for v in moved.values())
+    before = contents(out)
+    status, said, _ = Launched(*command).end()
+    assert status == 0 and "finished before" in said and contents(out) == before
+
+
+@pytest.fixture(scope="module")
+def trained(small):
+    "A run on the small tree that trains its own teacher, through the package."
+    out = small / "trained"
+    assert pipeline.guarded(cfg := settings(small, teacher=""), pipeline.select("all", cfg), out) == (0, "")
+    return out
+
+
+def test_teacher_of_its_own(trained):
+    "Without --teacher there is one more training stage; every product is there, the loss was logged, and pictures were drawn through the tokenizer."
+    assert all((trained / name).is_file() for node in pipeline.IMAGENET.values() for name in node.writes)
+    for stage in ("teacher", "distill", "rl"):
+        rows = [json.loads(line) for line in (trained / "state" / stage / "log.jsonl").read_text().splitlines()]
+        assert rows and all(torch.tensor(float(r["loss"])).isfinite() for r in rows)
+        assert len(list((trained / "state" / stage / "samples").iterdir())) >= 1
+    assert "reward" in rows[-1]
+
+
+def test_public_checkpoint_and_ours(small, tmp_path):
+    "MAR's layout and ours give the same teacher; the average is what is taken from MAR's."
+    cfg = settings(small)
+    ema = MAR(cfg.model)
+    save_official(ema, tmp_path / "ema.pth", model_ema=load_weights(small / "teacher.safetensors"))
+    kept = []
+    for name, path in dict(a=small / "teacher.pth", b=small / "teacher.safetensors", c=tmp_path / "ema.pth").items():
+        assert pipeline.run(override(cfg, [f"teacher.checkpoint={path}"]), ("teacher",), tmp_path / name) == {"teacher": "done"}
+        kept.append(load_weights(tmp_path / name / "teacher.safetensors").state_dict())
+    for other in kept[1:]: assert all(torch.equal(v, other[k]) for k, v in kept[0].items())
+
+
+def test_killed_anywhere(small, trained, tmp_path):
+    "The job is killed once in each stage, the command repeated: the same bits as the run that nobody disturbed."
+    from conftest import wait_for
+    out, command = tmp_path / "run", ["--scale", "tiny", "--cluster", "local", "--out", tmp_path / "run", *options(small, teacher=None), "model.class_num=5"]
+    for sign in ("state/teacher/checkpoint.pt", "state/distill/checkpoint.pt", "state/rl/checkpoint.pt"):
+        started = Launched(*command)
+        wait_for(lambda: (out / sign).exists(), started.process)
+        started.signal(9)
+        started.end()
+        assert started.gone()
+    status, _, err = Launched(*command).end()
+    assert status == 0, err
+    names = [f"{m}.safetensors" for m in ("teacher", "student", "student_rl")]
+    assert digests(out, names) == digests(trained, names)
+
+
+def refusal(cfg, out, stage="all"):
+    with pytest.raises(BadInput) as e: pipeline.check(cfg, pipeline.select(stage, cfg), out)
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+BAD = {
+    "no data": (["data.path="], "--data is missing"),
+    "data not there": (["data.path=nowhere"], "--data nowhere: no such folder"),
+    "data is a file": (["data.path={small}/kl16.ckpt"], "no such folder"),
+    "data without classes": (["data.path={small}/tree/class 0"], "has no class folders"),
+    "too few classes": (["model.class_num=6"], "has 5 class folders; expected 6"),
+    "no tokenizer": (["data.vae="], "--vae is missing"),
+    "tokenizer not there": (["data.vae=nowhere.ckpt"], "--vae nowhere.ckpt: no such file"),
+    "tokenizer is a teacher": (["data.vae={small}/teacher.pth"], "teacher.pth: tensor encoder.conv_in.bias is missing"),
+    "tokenizer truncated": (["data.vae={small}/cut.ckpt"], "cut.ckpt: truncated"),
+    "tokenizer of another stride": (["data.vae={small}/stride.ckpt"], "has stride 4 and 16 channels; expected 16 and 16"),
+    "teacher not there": (["teacher.checkpoint=nowhere.pth"], "--teacher nowhere.pth: no such file"),
+    "teacher is a tokenizer": (["teacher.checkpoint={small}/kl16.ckpt"], "kl16.ckpt: no state dict 'model_ema'"),
+    "teacher truncated": (["teacher.checkpoint={small}/cut.pth"], "cut.pth: truncated"),
+    "teacher runs code": (["teacher.checkpoint={small}/evil.pth"], "evil.pth: holds "),
+    "teacher of another scale": (["teacher.checkpoint={small}/wide.pth"], "wide.pth is another network: width=128; expected width=64 (scale tiny)"),
+    "no reward": (["rl.reward_weights="], "--reward is missing"),
+    "reward not there": (["rl.reward_weights=nowhere.bin"], "--reward nowhere.bin: no such file"),
+    "reward of digits": (["rl.reward=classifier"], "expected pickscore or clip"),
+    "no names": (["data.names=nowhere.json"], "data.names nowhere.json: no such file"),
+}
+
+
+@pytest.fixture(scope="module")
+def broken(small):
+    "The files that are no good."
+    from marval.vae import KL16
+    for name, whole in (("cut.ckpt", "kl16.ckpt"), ("cut.pth", "teacher.pth")): (small / name).write_bytes((small / whole).read_bytes()[:5000])
+    torch.save({"model": KL16(ch=32, ch_mult=(1,) * 3, blocks=1, channels=16).state_dict()}, small / "stride.ckpt")
+    save_official(MAR(override(preset("tiny"), ["model.class_num=5", "model.width=128"]).model), small / "wide.pth")
+    class Evil:
+        def __reduce__(self): return os.system, (f"touch {small}/ran",)
+    torch.save({"model_ema": {}, "args": Evil()}, small / "evil.pth")
+    return small
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case, broken, tmp_path):
+    "One line that names what was given and what is accepted; nothing is written, nothing is run."
+    changes, clue = BAD[case]
+    changes = [c.format(small=broken) for c in changes]
+    cfg = settings(broken, *changes) if case != "too few classes" else settings(broken, classes=6, teacher="")
+    assert clue in refusal(cfg, tmp_path / "run") and not (tmp_path / "run").exists() and not (broken / "ran").exists()
+
+
+def test_damaged_cache(small, trained, tmp_path):
+    "Another tokenizer, a shard cut short, a shard of another cache: each is named before a stage starts."
+    cfg = settings(small, teacher="")
+    def copy(name):
+        shutil.copytree(trained, out := tmp_path / name)
+        for stage in ("distill", "rl", "evaluate"): shutil.rmtree(out / "state" / stage)
+        return out
+    torch.save({"model": {k: v + 1 for k, v in torch.load(small / "kl16.ckpt")["model"].items()}}, small / "other.ckpt")
+    assert "was made by the tokenizer" in refusal(override(cfg, [f"data.vae={small}/other.ckpt"]), copy("other"), "distill")
+    cut = copy("cut")
+    shard = cut / "cache" / "shard-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-8])
+    assert "truncated" in refusal(cfg, cut, "distill")
+    gone = copy("gone")
+    (gone / "cache" / "manifest.json").unlink()
+    assert "distill needs cache/manifest.json" in refusal(cfg, gone, "distill")
