@@ -7,7 +7,7 @@ __all__ = ['patchify', 'unpatchify', 'time_sinusoids', 'MAR', 'save_weights', 'l
            'infer_config', 'load_official', 'save_official']
 
 # %% ../nbs/02_mar.ipynb #02-003
-import argparse, json, math, re, zipfile
+import argparse, errno, json, math, re, zipfile
 from dataclasses import asdict, fields
 from pathlib import Path
 import torch
@@ -351,7 +351,9 @@ def _read_official(path, want="a MAR checkpoint (.pth)"):
         with torch.serialization.safe_globals([argparse.Namespace]):
             # a mapped file: the optimiser's share, twice the weights, is then never read
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except OSError as e: raise BadInput(f"{path}: cannot be read ({e.strerror or e}); expected {want}") from None
+    except OSError as e:
+        why = "truncated, or not a PyTorch file" if e.errno == errno.EINVAL else f"cannot be read ({e.strerror or e})"  # torch seeks before the start of a file that is cut short
+        raise BadInput(f"{path}: {why}; expected {want}") from None
     except Exception as e:  # a damaged pickle can fail in any way
         found = re.search(r"GLOBAL ([\w.]+)", str(e))
         why = f"holds {found[1]}, which is not loaded" if found else "truncated, or not a PyTorch file"

@@ -87,7 +87,8 @@ def test_thousand_real_images(tmp_path):
 def trained(small):
     "A run on the small tree that trains its own teacher, through the package."
     out = small / "trained"
-    assert pipeline.guarded(cfg := settings(small, teacher=""), pipeline.select("all", cfg), out) == (0, "")
+    cfg = settings(small, teacher="")
+    assert pipeline.guarded(cfg, pipeline.select("all", cfg), out) == (0, "")
     return out
 
 
