@@ -81,6 +81,7 @@ class SamplingConfig:
 class TeacherConfig:
     "MAR's own training, or its result."
     checkpoint: str = _of("", "ours", "file of trained weights, MAR's public checkpoint or ours, to take instead of training")
+    which: str = _of("model_ema", "MAR", "model_ema (the running average) | model: what to take from MAR's public checkpoint")
     iterations: int = _of(500_400, "MAR", "optimiser steps (800 epochs of 1,281,167 images at batch 2048)")
     batch: int = _of(2048, "MAR", "images per step, over all devices")
     lr: float = _of(8e-4, "MAR", "learning rate after warm-up, 1e-4 x batch / 256")
@@ -209,7 +210,7 @@ class Config:
 # %% ../nbs/00_config.ipynb #00-010
 _CHOICES = {"data.name": ("digits", "imagenet"), "sampling.cfg_schedule": ("constant", "linear"), "distill.loss": ("sim", "gsim", "sid"),
             "distill.distance": ("huber", "squared"), "distill.weight": ("eps", "score", "x0"), "rl.reward": ("classifier", "clip", "pickscore"), "rl.recompute": ("steps", "none"),
-            "compute.precision": ("fp32", "bf16"), "compute.sharding": ("ddp", "fsdp"), "compute.compile": ("off", "on"), "compute.recompute": ("none", "blocks")}
+            "compute.precision": ("fp32", "bf16"), "teacher.which": ("model_ema", "model"), "compute.sharding": ("ddp", "fsdp"), "compute.compile": ("off", "on"), "compute.recompute": ("none", "blocks")}
 _ZERO_IS_FINE = {"seed", "data.max_bad", "evaluate.pictures", "teacher.warmup", "distill.warmup", "rl.warmup", "rl.anchor", "rl.grad_steps", "log.metric_every", "sampling.cfg", "sampling.temperature", "sampling.clip",
                  "distill.alpha", "distill.t_min", "distill.phi_first"}
 _SHARES = {"model.dropout", "teacher.label_drop", "teacher.mask_min"} | {f"{s}.{k}" for s in ("teacher", "distill", "rl")

@@ -204,7 +204,7 @@ def run(cfg: Config,             # the whole configuration
     from marval.stages import BODIES, SHARED, road, threads
     device = device or ("cuda" if torch.cuda.is_available() and cfg.scale not in ("smoke", "digits", "tiny") else "cpu")
     out, did, nodes = Path(out), {}, graph(cfg)
-    with group(device) as device, threads(cfg, 1):
+    with group(device, timeout_min=600) as device, threads(cfg, 1):   # a cache takes hours, and rank 0 may be the last to finish it
         on_first(check, cfg, stages, out)
         on_first(ensure_folder, out)
         held = on_first(lock, out)

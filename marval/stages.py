@@ -170,22 +170,30 @@ def _train(stage, road, product):
     _keep(stage.student, road, stage.name, product)
 
 
-def read_teacher(cfg: Config) -> MAR:  # `cfg.teacher.checkpoint`: MAR's public .pth, of which the running average is taken, or our .safetensors
-    "A teacher that was trained elsewhere. Raises `BadInput` on a missing, damaged, foreign or unsafe file, and for a network of another size, with the scale it seems to be."
+def _scale(size):
+    "What a network of these sizes is called."
     from marval.config import SCALES, preset
+    return next((f"scale {s}" for s in SCALES if all(asdict(preset(s).model)[k] == v for k, v in size.items())), "")
+
+
+def read_teacher(cfg: Config) -> MAR:  # `cfg.teacher.checkpoint`: MAR's public .pth, of which `cfg.teacher.which` is taken, or our .safetensors
+    "A teacher that was trained elsewhere. Raises `BadInput` on a missing, damaged, foreign or unsafe file, and for a network of another size, with the scale it seems to be."
     path, want = cfg.teacher.checkpoint, asdict(cfg.model)
-    model = load_weights(path) if Path(path).suffix == ".safetensors" else load_official(path)
+    model = load_weights(path) if Path(path).suffix == ".safetensors" else load_official(path, cfg.teacher.which)
     size = {k: v for k, v in asdict(model.cfg).items() if k != "dropout"}
     if differ := [k for k, v in size.items() if v != want[k]]:
-        same = [s for s in SCALES if all(asdict(preset(s).model)[k] == v for k, v in size.items())]
-        raise BadInput(f"{path} is {'scale ' + same[0] if same else 'another network'}: {', '.join(f'{k}={size[k]}' for k in differ)}; expected {', '.join(f'{k}={want[k]}' for k in differ)} (scale {cfg.scale})")
+        raise BadInput(f"{path} is {_scale(size) or 'another network'}: {', '.join(f'{k}={size[k]}' for k in differ)}; expected {', '.join(f'{k}={want[k]}' for k in differ)} (scale {cfg.scale})")
     return model
 
 
 def teacher(road) -> None:
     "MAR's own training, or its result from a file."
     from marval.teacher import TeacherStage
-    if road.cfg.teacher.checkpoint: _keep(on_first(read_teacher, road.cfg), road, "teacher", "teacher.safetensors")
+    def take():
+        model, t = read_teacher(road.cfg), road.cfg.teacher
+        print(f"taken from {t.checkpoint}{', ' + t.which if not t.checkpoint.endswith('.safetensors') else ''}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters", flush=True)
+        return model
+    if road.cfg.teacher.checkpoint: _keep(on_first(take), road, "teacher", "teacher.safetensors")
     else: _train(TeacherStage(road.cfg, road.data(), road.device, road.decode), road, "teacher.safetensors")
 
 

@@ -112,6 +112,35 @@ def test_public_checkpoint_and_ours(small, tmp_path):
         assert pipeline.run(override(cfg, [f"teacher.checkpoint={path}"]), ("teacher",), tmp_path / name) == {"teacher": "done"}
         kept.append(load_weights(tmp_path / name / "teacher.safetensors").state_dict())
     for other in kept[1:]: assert all(torch.equal(v, other[k]) for k, v in kept[0].items())
+    pipeline.run(override(cfg, [f"teacher.checkpoint={tmp_path / 'ema.pth'}", "teacher.which=model"]), ("teacher",), tmp_path / "d")
+    assert not torch.equal(load_weights(tmp_path / "d" / "teacher.safetensors").z_proj.weight, kept[0]["z_proj.weight"])
+
+
+def test_two_ranks(small, trained, tmp_path):
+    "Two processes share the cache, the teacher, distillation and RL: the cache is the same file by file, the weights up to rounding."
+    from test_parallel import start
+    config, out = tmp_path / "config.json", tmp_path / "run"
+    config.write_text(json.dumps(settings(small, teacher="").dict()))
+    script = """
+import json, sys
+from pathlib import Path
+from marval import pipeline
+from marval.config import from_dict
+cfg = from_dict(json.loads(Path(sys.argv[1]).read_text()))
+pipeline.run(cfg, pipeline.select("all", cfg), Path(sys.argv[2]))
+"""
+    ranks = start(2, [str(config), str(out)], "-c", script)
+    try: ended = [rank.communicate(timeout=300) for rank in ranks]
+    finally:
+        for rank in ranks: rank.kill()
+    for rank, (_, err) in zip(ranks, ended): assert rank.returncode == 0, err
+    files = lambda folder: {p.name: p.read_bytes() for p in (folder / "cache").iterdir()}
+    assert files(out) == files(trained)
+    for name in ("teacher", "student", "student_rl"):
+        mine, theirs = (load_weights(f / f"{name}.safetensors").state_dict() for f in (out, trained))
+        off = max(float((mine[k] - v).abs().max()) for k, v in theirs.items()) / max(float(v.abs().max()) for v in theirs.values())
+        print(f"{name}: {off:.1e}")
+        assert off < 1e-3
 
 
 def test_killed_anywhere(small, trained, tmp_path):
