@@ -126,7 +126,7 @@ def road(cfg: Config,  # `cfg.data.name` decides
     "Where a run gets its data, images and rewards from."
     return (Digits if cfg.data.name == "digits" else Photographs)(cfg, out, device)
 
-# %% ../nbs/13_stages.ipynb #13-010
+# %% ../nbs/13_stages.ipynb #13-013
 def judges(road: Digits) -> None:
     "Train the three small networks that reward and judge."
     from marval.rewards import train_judges
@@ -150,7 +150,7 @@ def cache(road: Photographs) -> None:
     build_cache(open_tree(cfg), road.vae.encode, folder, cfg.model.img_size, road.digest, max_bad=cfg.data.max_bad, device=road.device, rank=rank(), world=world())
     on_first(lambda: None)                                    # the others wait for the manifest
 
-# %% ../nbs/13_stages.ipynb #13-012
+# %% ../nbs/13_stages.ipynb #13-016
 def network(cfg: Config,  # whose `model` it must be
             path: Path,   # a product of an earlier stage
             device="cpu", # where it goes
@@ -210,7 +210,7 @@ def rl(road) -> None:
     start = network(road.cfg, road.out/"student.safetensors", road.device)
     _train(RLStage(road.cfg, start, road.reward(), road.decode, road.measure, road.device), road, "student_rl.safetensors")
 
-# %% ../nbs/13_stages.ipynb #13-014
+# %% ../nbs/13_stages.ipynb #13-020
 @contextmanager
 def threads(cfg: Config, # its scale decides
             n: int,      # at most so many
@@ -247,7 +247,7 @@ def draw_images(cfg: Config,   # the whole configuration: K, guidance, batch, se
             bar.update()
     return torch.cat(parts)
 
-# %% ../nbs/13_stages.ipynb #13-015
+# %% ../nbs/13_stages.ipynb #13-021
 _MODELS = dict(teacher=("teacher", "chain"), one_step_init=("teacher", "one step"), student=("student", "one step"), student_rl=("student_rl", "one step"))
 
 
@@ -294,7 +294,7 @@ def _facts(road, n, seconds):
     cfg, s = road.cfg, road.cfg.sampling
     return run_provenance() | dict(seed=cfg.seed, scale=cfg.scale, K=s.K, cfg=s.cfg, chain_steps=s.chain_steps, n=n, seconds=seconds)
 
-# %% ../nbs/13_stages.ipynb #13-016
+# %% ../nbs/13_stages.ipynb #13-022
 def _png(road, images, **kwargs):
     from marval.report import samples_png
     png = samples_png(images, **kwargs)
@@ -332,7 +332,7 @@ def _evaluate_photographs(road):
     _png(road, images, rows=min(2, math.ceil(n / columns)), columns=columns)
     write_json(road.out/"metrics.json", metrics)
 
-# %% ../nbs/13_stages.ipynb #13-017
+# %% ../nbs/13_stages.ipynb #13-023
 def evaluate(road) -> None:
     "Draw every model's images, measure them, print one table, write metrics.json, samples.png and report.html. Photographs are kept as files and timed, but not measured."
     (_evaluate_digits if isinstance(road, Digits) else _evaluate_photographs)(road)
