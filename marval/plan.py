@@ -75,7 +75,7 @@ class Meter:
         self.params, self.unit = _count(whole), max(*units, _count(whole) - sum(units))        # all, and the largest piece that FSDP puts together
         self.points = [(n, self.run(1, n), self.run(2, n)) for n in (0, self.m.seq_len // 2, self.m.seq_len)]
         tokens = lambda **kw: [self._deep(lambda net: net.head(*self._rows(N, **kw)), self.m.head_depth) for N in (1, 2)]
-        self.trained, h = tokens(c=True), self._empty(1, self.m.buffer_size + self.m.seq_len, self.m.width).requires_grad_()
+        self.trained, self.generator, h = tokens(c=True), tokens(c=True, times=1), self._empty(1, self.m.buffer_size + self.m.seq_len, self.m.width).requires_grad_()
         self.block = self._measure(lambda net: net.decoder_blocks[0](h), self.nets[0], h).bytes if blocks else 0
         for net in self.nets: net.requires_grad_(False)
         self.frozen = tokens(x=True)
@@ -84,9 +84,9 @@ class Meter:
     def _empty(self, *shape, **kw):
         with self.fake: return torch.empty(*shape, **kw)
 
-    def _rows(self, N, x=False, c=False):
-        "Arguments of the head, with a gradient in `x`, `c`, both or none."
-        return self._empty(N, self.m.token_dim).requires_grad_(x), self._empty(N, dtype=torch.long), self._empty(N, self.m.width).requires_grad_(c)
+    def _rows(self, N, x=False, c=False, times=None):
+        "Arguments of the head, with a gradient in `x`, `c`, both or none, for as many times as rows or one."
+        return self._empty(N, self.m.token_dim).requires_grad_(x), self._empty(times or N, dtype=torch.long), self._empty(N, self.m.width).requires_grad_(c)
 
     def _measure(self, f, net, *known):
         with self.fake, Saved(*net.parameters(), *known) as saved, FlopCounterMode(display=False) as counter, autocast(self.precision): f(net)
@@ -113,8 +113,12 @@ class Meter:
         return self.block * B
 
     def head(self, N: int) -> Pass:  # tokens
-        "Diffusion head, trained together with the contexts."
+        "Diffusion head, trained together with the contexts, each token at a time of its own."
         return _line(*self.trained, N)
+
+    def generate(self, N: int) -> Pass:  # tokens
+        "The head as one-step generator, trained, all tokens at one time."
+        return _line(*self.generator, N)
 
     def through(self, N: int) -> Pass:  # tokens
         "Frozen diffusion head, whose gradient in the noisy token is asked for."
@@ -226,17 +230,17 @@ def _training(cfg, stage, meter, B):
             phases, flops = phases + [peak(h)], flops + [3 * (c + h).flops + again]
         else:
             guided = 2 if cfg.sampling.cfg != 1 else 1
-            h, hp = meter.head(N), meter.head(N * part.phi_mul)
-            phases += [peak(hp), peak(h, meter.through(N), meter.through(N * guided))]
-            flops.append(part.phi_updates * ((c + h).flops + 3 * (c + hp).flops + again)                      # theta generates; phi learns
-                         + 3 * (c + h).flops + again + (1 + guided) * c.flops + 2 * (1 + guided) * h.flops)   # theta; contexts of phi and teacher; gradients through their heads
+            g, h, hp = meter.generate(N), meter.head(N), meter.head(N * part.phi_mul)
+            phases += [peak(hp), peak(g, meter.through(N), meter.through(N * guided))]
+            flops.append(part.phi_updates * ((c + g).flops + 3 * (c + hp).flops + again)                      # theta generates; phi learns
+                         + 3 * (c + g).flops + again + (1 + guided) * c.flops + 2 * (1 + guided) * h.flops)   # theta; contexts of phi and teacher; gradients through their heads
     return max(phases), sum(flops) / len(flops)
 
 
 def _rl(cfg, meter, B):
     "Peak bytes of the policy, of tokenizer and reward, and operations of a step of RL, for B images."
     r, L, K = cfg.rl, cfg.model.seq_len, cfg.sampling.K
-    steps = [(meter.contexts(B, n), meter.head(B * k)) for n, k in zip(known_counts(L, K), reveal_counts(L, K))]
+    steps = [(meter.contexts(B, n), meter.generate(B * k)) for n, k in zip(known_counts(L, K), reveal_counts(L, K))]
     live = steps[-r.grad_steps:] if r.grad_steps else steps
     whole = [c.bytes + max(meter.inside(B), h.bytes) for c, h in live]
     tokens = 4 * K * B * L * cfg.model.token_dim                                                              # between steps
