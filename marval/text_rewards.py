@@ -61,12 +61,14 @@ def architecture(name: str,          # of open_clip, e.g. ViT-H-14, or a .json f
     return Architecture(name, config, tuple(look.get("mean") or OPENAI_DATASET_MEAN), tuple(look.get("std") or OPENAI_DATASET_STD))
 
 
-def build_towers(arch: Architecture) -> nn.Module:  # open_clip's CLIP, on the meta device: shapes without numbers
+def build_towers(arch: Architecture,    # which towers
+                 device: str = "meta",  # meta = shapes without numbers
+                 ) -> nn.Module:        # open_clip's CLIP, with random weights
     "Raises `BadInput` for sizes that open_clip refuses."
     from open_clip.model import CLIP, CustomTextCLIP
     kind = CustomTextCLIP if arch.config.get("custom_text") else CLIP
     try:
-        with torch.device("meta"): return kind(**{k: v for k, v in arch.config.items() if k != "custom_text"})
+        with torch.device(device): return kind(**{k: v for k, v in arch.config.items() if k != "custom_text"})
     except Exception as e:  # whatever open_clip makes of a table
         raise BadInput(f"rl.reward_model={arch.name}: open_clip cannot build it ({(str(e) or type(e).__name__).splitlines()[0]}); expected another architecture") from None
 
