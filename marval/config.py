@@ -280,9 +280,10 @@ _TINY = {
     "log.checkpoint_every": (4, "ours"), "log.sample_every": (10, "ours"), "compute.precision": ("fp32", "ours"),
 }
 _OVERRIDES = {
-    "smoke": _SMOKE, "digits": _DIGITS, "tiny": _TINY, "base": {},
-    "large": {"model.width": (1024, "MAR"), "model.depth": (16, "MAR"), "model.heads": (16, "MAR"), "model.head_depth": (8, "MAR"), "model.head_width": (1280, "MAR")},
-    "huge": {"model.width": (1280, "MAR"), "model.depth": (20, "MAR"), "model.heads": (16, "MAR"), "model.head_depth": (12, "MAR"), "model.head_width": (1536, "MAR")},
+    "smoke": _SMOKE, "digits": _DIGITS, "tiny": _TINY,
+    "base": {"compute.accumulate": (2, "ours")},                                    # so that the teacher's batch fits into 80 GB on 8 GPUs; the other stages would fit as they are
+    "large": {"compute.accumulate": (4, "ours"), "model.width": (1024, "MAR"), "model.depth": (16, "MAR"), "model.heads": (16, "MAR"), "model.head_depth": (8, "MAR"), "model.head_width": (1280, "MAR")},
+    "huge": {"compute.accumulate": (8, "ours"), "model.width": (1280, "MAR"), "model.depth": (20, "MAR"), "model.heads": (16, "MAR"), "model.head_depth": (12, "MAR"), "model.head_width": (1536, "MAR")},
 }
 
 # %% ../nbs/00_config.ipynb #00-014
