@@ -78,7 +78,7 @@ def save_checkpoint(folder: Path,         # of the stage
     path = folder/(f"checkpoint-{step:08d}" if sharded else _FILE)
     if sharded: _save_folder(path, stage, head)
     else: on_first(_save_file, path, stage, head)
-    on_first(_remove, [p for p in (*_folders(folder).values(), folder/_FILE) if p != path])
+    on_first(_remove, [p for p in (*_folders(folder).values(), folder/_FILE, folder/_TEMP) if p != path])
 
 
 def _remove(paths):
@@ -99,8 +99,8 @@ def _save_folder(path, stage, head):
     from torch.distributed.checkpoint import CheckpointException, FileSystemWriter, save
     temp = path.with_name(_TEMP)
     head = head | dict(groups={k: o.state_dict()["param_groups"] for k, o in stage.optimizers().items()})
-    def begin():                                                          # a killed save may have left its own
-        _remove([temp])
+    def begin():
+        _remove([temp])                                                   # of a save that was killed
         with writing(path): temp.mkdir()
     def finish():
         with writing(path):

@@ -137,7 +137,7 @@ class EMA:
 # %% ../nbs/07_train.ipynb #07-024
 def trainable(start: MAR,           # on its device; becomes the trained network itself
               compute: ComputeConfig, # how steps are computed
-              s,                    # settings of a stage: beta1, beta2, weight_decay, ema
+              s,                    # settings of its stage: beta1, beta2, weight_decay, ema
               lr: float,            # learning rate
               averaged=True,        # whether to keep a running average
               ) -> tuple[MAR, torch.optim.AdamW, EMA | None]:
