@@ -100,7 +100,7 @@ def runs(tmp_path_factory):
     straight = lambda n, *more: [job(f"{name}-{n}", kind, [*o, *more]) for name, kind, o in cases]
     parts = [job(f"{name}-parts", kind, [*o, "compute.accumulate=4"]) for name, kind, o in cases]
     blocks = [job("dropout-blocks", "teacher", [*DROPOUT, "compute.recompute=blocks", "compute.accumulate=2"]), job("rl-blocks", "rl", ["compute.recompute=blocks"])]
-    sharded = straight("2f", *SHARDED) + [job("distill-compiled", "distill", [*SHARDED, "compute.compile=on"]),
+    sharded = straight("2f", *SHARDED) + [job("teacher-compiled", "teacher", [*SHARDED, "compute.compile=on"]),
                                           job("dropout-2fparts", "teacher", [*DROPOUT, *SHARDED, "compute.accumulate=2", "compute.recompute=blocks"])]
     said = run((1, half("1to2") + half("1to2f", *SHARDED) + straight(1) + parts + blocks), (1, single("fp32") + single("bf16", "compute.precision=bf16")),
                (2, half("2to1") + straight(2) + [job("teacher-2parts", "teacher", ["compute.accumulate=2"])] + single("fp32-2")), (2, half("2fto1", *SHARDED) + sharded))
@@ -162,7 +162,7 @@ def test_shares(runs):
 
 def test_compiled_and_parts(runs):
     "Compiled blocks, accumulation and recomputed blocks within sharded networks."
-    assert off(runs, "distill-compiled", "distill-1") < 1e-6 and off(runs, "dropout-2fparts", "dropout-1") < 1e-6
+    assert off(runs, "teacher-compiled", "teacher-1") < 1e-6 and off(runs, "dropout-2fparts", "dropout-1") < 1e-6
 
 
 @pytest.mark.parametrize("case", STAGES)
