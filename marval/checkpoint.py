@@ -86,12 +86,16 @@ def _remove(paths):
     for p in paths: shutil.rmtree(p, ignore_errors=True) if p.is_dir() else p.unlink(missing_ok=True)
 
 
-def _save_file(path, stage, head):
-    "One process, one file."
-    state = head | dict(modules={k: m.state_dict() for k, m in stage.modules().items()}, optimizers={k: o.state_dict() for k, o in stage.optimizers().items()})
+def _write(path, state):
+    "`torch.save`, atomically, through Python's own file, which says that a disk is full; torch's doesn't."
     def write(temp):
         with open(temp, "wb") as f: torch.save(state, f)
     atomic_write(path, write)
+
+
+def _save_file(path, stage, head):
+    "One process, one file."
+    _write(path, head | dict(modules={k: m.state_dict() for k, m in stage.modules().items()}, optimizers={k: o.state_dict() for k, o in stage.optimizers().items()}))
 
 
 def _save_folder(path, stage, head):
@@ -104,7 +108,7 @@ def _save_folder(path, stage, head):
         with writing(path): temp.mkdir()
     def finish():
         with writing(path):
-            atomic_write(temp/_HEAD, lambda p: torch.save(head, p))
+            _write(temp/_HEAD, head)
             _fsync(temp, os.O_RDONLY)
             os.replace(temp, path)
             _fsync(path.parent, os.O_RDONLY)
