@@ -6,7 +6,7 @@
 __all__ = ['newest', 'save_checkpoint', 'load_checkpoint']
 
 # %% ../nbs/06b_checkpoint.ipynb #06-003
-import os, pickle, re, shutil
+import os, pickle, re, shutil, warnings
 from pathlib import Path
 
 import torch
@@ -188,6 +188,7 @@ def _load_folder(path, stage, seed):
         wanted |= {f"optimizers/{name}/{i}/{k}": v for (i, k), v in kept[name].items()}
     reader = FileSystemReader(path)
     reader.read_metadata = lambda *args, **kwargs: index
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")   # a single process may well read what many wrote
     try: load(wanted, storage_reader=reader, no_dist=world() == 1)
     except CheckpointException as e: raise ValueError("unreadable") from e
     for name, o in stage.optimizers().items(): _restore(o, head["groups"][name], kept[name])
