@@ -21,7 +21,7 @@ from .guidance import guided_eps
 from .mar import MAR
 from .parallel import Part, autocast, backward, own_parts
 from .sampling import OneStep, random_orders, reveal_counts
-from .train import EMA, Data, Watched, clip_and_step, lr_factor, make_adamw, step_seed
+from .train import Data, Watched, clip_and_step, frozen, lr_factor, step_seed, trainable
 
 # %% ../nbs/08_distill.ipynb #08-006
 def known_counts(L: int, # tokens of an image
@@ -76,18 +76,11 @@ class DistillStage(Watched):
         self.d, self.iterations = cfg.distill, cfg.distill.iterations
         self.parts = own_parts(self.d.batch, cfg.compute.accumulate, "distill.batch")
         self.read = data.feed(self.d.batch, cfg.seed, self.name, device)
-        self.teacher = teacher.to(device).eval().requires_grad_(False)
-        self.theta = copy.deepcopy(self.teacher).requires_grad_(True)
-        self.phi = copy.deepcopy(self.teacher)
-        self.theta.recompute = self.phi.recompute = cfg.compute.recompute == "blocks"
-        self.ema = EMA(self.theta, self.d.ema)
-        self.opt_theta = self._optimizer(self.theta, self.d.lr)
-        self.opt_phi = self._optimizer(self.phi, self.d.lr_phi)
+        theta, phi = (copy.deepcopy(teacher.to(device).eval()) for _ in range(2))
+        self.teacher = frozen(teacher, cfg.compute)
+        self.theta, self.opt_theta, self.ema = trainable(theta, cfg.compute, self.d, self.d.lr)
+        self.phi, self.opt_phi, _ = trainable(phi, cfg.compute, self.d, self.d.lr_phi, averaged=False)      # its variance output takes no part, so it is not trained
         self.known = known_counts(cfg.model.seq_len, cfg.sampling.K)
-
-    def _optimizer(self, model, lr):
-        "Adam of theta or phi. The head's variance output takes no part, so it is not trained."
-        return make_adamw(model.requires_grad_(True), lr, (self.d.beta1, self.d.beta2), self.d.weight_decay)
 
     @property
     def student(self) -> MAR:

@@ -144,6 +144,7 @@ def _take(x, idx):
 class MAR(nn.Module):
     "Masked encoder-decoder and diffusion head; parameter names are those of the public MAR code."
     recompute = False  # whether training keeps the activations inside the transformer blocks (False) or computes them twice
+    entries = "encode", "decode", "head_cond", "head_from_cond"  # the methods that use weights themselves; none calls another
 
     def __init__(self,
                  cfg: ModelConfig, # sizes; weights are drawn from torch's global generator
@@ -174,6 +175,11 @@ class MAR(nn.Module):
         for p in small: nn.init.normal_(p, std=0.02)
         for layer in [b.adaLN_modulation[1] for b in net.res_blocks] + [net.final_layer.adaLN_modulation[1], net.final_layer.linear]:
             nn.init.zeros_(layer.weight); nn.init.zeros_(layer.bias)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        "The repeated parts, which hold nearly all weights, in the order of a forward pass."
+        return [*self.encoder_blocks, *self.decoder_blocks, *self.diffloss["net"].res_blocks]
 
     def _through(self, blocks, h):
         "All blocks in turn; with `recompute`, each keeps its input alone and is evaluated again on the way back."

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['Place', 'place', 'group', 'world', 'rank', 'Part', 'own_rows', 'own_parts', 'dropout', 'attention', 'autocast',
-           'backward', 'sum_gradients', 'mean', 'on_first', 'anyone', 'agree']
+           'backward', 'sum_gradients', 'clip_gradients', 'mean', 'is_shared', 'shares', 'shard', 'gathered',
+           'whole_state', 'fill', 'on_first', 'anyone', 'agree']
 
 # %% ../nbs/00_parallel.ipynb #00-003
 import itertools
 import math
 import os
+import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,7 +20,7 @@ from functools import lru_cache
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import BadInput
 
@@ -195,15 +197,30 @@ def _buckets(grads, size):
 
 
 @torch.no_grad()
-def sum_gradients(params,             # parameters; those without a gradient are passed over
+def sum_gradients(params,             # parameters; those without a gradient are passed over, and sharded ones, whose sum is made on the way back
                   size: int = 2**25,  # numbers in a message
                   ) -> None:
     r"$g \leftarrow \sum_{\text{ranks}} g$, in place."
     if world() == 1: return
-    for bucket in _buckets([p.grad for p in params if p.grad is not None], size):
+    for bucket in _buckets([p.grad for p in params if p.grad is not None and not is_shared(p)], size):
         flat = torch.cat([g.flatten() for g in bucket])
         dist.all_reduce(flat)
         torch._foreach_copy_(bucket, [x.view_as(g) for x, g in zip(flat.split([g.numel() for g in bucket]), bucket)])
+
+
+@torch.no_grad()
+def clip_gradients(params,      # parameters with gradients, summed over ranks already
+                   clip: float, # largest norm
+                   ) -> Tensor: # 0-d, norm before clipping, of all ranks' shares together
+    r"$g \leftarrow g \cdot \min(1, \text{clip} / \lVert g\rVert)$ with $\lVert g\rVert^2 = \sum_{\text{ranks}} \lVert g_{\text{share}}\rVert^2$. Nothing waits for the device."
+    params = list(params)
+    if not any(map(is_shared, params)): return nn.utils.clip_grad_norm_(params, clip)
+    grads = [g for g in shares(p.grad for p in params if p.grad is not None) if g.numel()]
+    square = torch.stack(torch._foreach_norm(grads)).square().sum()
+    dist.all_reduce(square)
+    norm = square.sqrt()
+    torch._foreach_mul_(grads, (clip / (norm + 1e-6)).clamp(max=1.0))
+    return norm
 
 
 def mean(x: Tensor,  # any shape, one value a rank
@@ -215,6 +232,68 @@ def mean(x: Tensor,  # any shape, one value a rank
     return x / world()
 
 # %% ../nbs/00_parallel.ipynb #00-025
+def is_shared(x: Tensor,  # parameter, gradient or state
+              ) -> bool:  # whether this rank holds a share of it only
+    "Is it one of `fully_shard`'s tensors?"
+    return hasattr(x, "full_tensor")
+
+
+def shares(tensors,         # sharded or not
+           ) -> list[Tensor]: # what this rank holds of each: the same memory
+    "The local tensors behind sharded ones; others as they are."
+    return [x.to_local() if is_shared(x) else x for x in tensors]
+
+
+def shard(model: nn.Module, # with `blocks` and `entries`, as a MAR has; on its device, not yet in an optimiser
+          mode: str,        # ddp | fsdp
+          ) -> nn.Module:   # the same network; under fsdp, with several ranks, each holds a share of its weights
+    "Deal the weights out to the ranks, block by block; gradients are summed, not averaged. A sharded network can't be copied any more."
+    if mode == "ddp" or world() == 1: return model
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")       # of outputs that are views: nobody writes into them
+    mesh = init_device_mesh(next(model.parameters()).device.type, (world(),))
+    for unit in (*model.blocks, model):
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+    for name in model.entries: register_fsdp_forward_method(model, name)
+    return model
+
+
+@contextmanager
+def gathered(model: nn.Module, # sharded or not
+             ):
+    "All ranks enter: inside this block each holds all weights, so that one of them may use the network, without gradients, while the others wait."
+    units = [m for m in model.modules() if hasattr(m, "unshard")]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try: yield
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(True, recurse=False)
+            unit.reshard()
+
+
+def whole_state(model: nn.Module,    # sharded or not
+                ) -> dict[str, Tensor]: # on rank 0: name -> the whole tensor, on the CPU; on others: nothing
+    "All ranks call: put a network's tensors together, one at a time."
+    state = {}
+    for k, v in model.state_dict().items():
+        if is_shared(v): v = v.full_tensor()
+        if rank() == 0: state[k] = v.detach().cpu()
+    return state
+
+
+def fill(x: Tensor,     # sharded or not, overwritten
+         whole: Tensor, # the whole of it
+         ) -> None:
+    "Copy a tensor into a sharded one: this rank's share is a stretch of the first axis, in equal ones but for the last."
+    if not is_shared(x): x.copy_(whole)
+    elif rank() < len(stretches := whole.chunk(world())): x.to_local().copy_(stretches[rank()])
+
+# %% ../nbs/00_parallel.ipynb #00-027
 def on_first(f,            # what rank 0 does
              *args,        # its arguments
              share=False,  # whether all get the result, which must then be picklable

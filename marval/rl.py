@@ -19,7 +19,7 @@ from .distill import known_counts
 from .mar import MAR, unpatchify
 from .parallel import Part, autocast, backward, own_parts
 from .sampling import OneStep, draw_noise, random_orders, reveal_counts, sample
-from .train import EMA, Watched, clip_and_step, lr_factor, make_adamw
+from .train import Watched, clip_and_step, frozen, lr_factor, trainable
 
 # %% ../nbs/10_rl.ipynb #10-006
 @torch.no_grad()
@@ -56,11 +56,9 @@ class RLStage(Watched):
         super().__init__(cfg, OneStep(Schedule.cosine(device=device), cfg.sampling.entry_abar), decode, measure_fn, device)
         self.r, self.iterations, self.reward = cfg.rl, cfg.rl.iterations, reward
         self.parts = own_parts(self.r.batch, cfg.compute.accumulate, "rl.batch")
-        self.frozen = student.to(device).eval().requires_grad_(False)
-        self.policy = copy.deepcopy(self.frozen).requires_grad_(True)
-        self.policy.recompute = cfg.compute.recompute == "blocks"
-        self.ema = EMA(self.policy, self.r.ema)
-        self.opt = make_adamw(self.policy, self.r.lr, (self.r.beta1, self.r.beta2), self.r.weight_decay)
+        policy = copy.deepcopy(student.to(device).eval())
+        self.frozen = frozen(student, cfg.compute)
+        self.policy, self.opt, self.ema = trainable(policy, cfg.compute, self.r, self.r.lr)
 
     @property
     def student(self) -> MAR:

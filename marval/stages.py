@@ -21,7 +21,7 @@ from .config import BadInput, Config
 from .files import atomic_write, ensure_folder, read_json, sha256, write_json
 from .mar import MAR, load_into, load_official, load_weights, patchify, save_weights, unpatchify
 from .parallel import on_first, rank, world
-from .train import Resident, _bar, fit, step_seed
+from .train import Resident, _bar, consolidated, fit, step_seed
 
 # %% ../nbs/13_stages.ipynb #13-006
 @dataclass
@@ -167,7 +167,7 @@ def _keep(student, road, stage, product):
 
 def _train(stage, road, product):
     fit(stage, road.out/"state"/stage.name, road.cfg.seed, road.cfg.log, road.device)
-    _keep(stage.student, road, stage.name, product)
+    _keep(consolidated(stage.student), road, stage.name, product)
 
 
 def _scale(size):

@@ -18,7 +18,7 @@ from .diffusion import Schedule, diffusion_losses, q_sample
 from .mar import MAR
 from .parallel import Part, autocast, backward, own_parts, own_rows
 from .sampling import TeacherChain, random_orders
-from .train import EMA, Data, Watched, clip_and_step, lr_factor, make_adamw, step_generator, step_seed
+from .train import Data, Watched, clip_and_step, lr_factor, step_generator, step_seed, trainable
 
 # %% ../nbs/07b_teacher.ipynb #07-005
 def masked_count(L: int,          # tokens of an image
@@ -48,10 +48,7 @@ class TeacherStage(Watched):
         self.parts = own_parts(self.t.batch, cfg.compute.accumulate, "teacher.batch")
         self.read = data.feed(self.t.batch, cfg.seed, self.name, device)
         step_generator(cfg.seed, self.name + "/init", 0)
-        self.model = MAR(cfg.model).to(device).train()
-        self.model.recompute = cfg.compute.recompute == "blocks"
-        self.ema = EMA(self.model, self.t.ema)
-        self.opt = make_adamw(self.model, self.t.lr, (self.t.beta1, self.t.beta2), self.t.weight_decay)
+        self.model, self.opt, self.ema = trainable(MAR(cfg.model).to(device).train(), cfg.compute, self.t, self.t.lr)
 
     @property
     def student(self) -> MAR:

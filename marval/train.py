@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Stage', 'step_seed', 'step_generator', 'batch_indices', 'Data', 'Resident', 'lr_factor', 'make_adamw',
-           'clip_and_step', 'EMA', 'save_checkpoint', 'load_checkpoint', 'read_log', 'Diverged', 'image_grid',
+           'clip_and_step', 'EMA', 'trainable', 'frozen', 'consolidated', 'read_log', 'Diverged', 'image_grid',
            'save_png', 'Watched', 'Interrupted', 'fit']
 
 # %% ../nbs/07_train.ipynb #07-003
@@ -18,17 +18,19 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .config import BadInput, Config, LogConfig
+from .checkpoint import load_checkpoint, newest, save_checkpoint
+from .config import BadInput, ComputeConfig, Config, LogConfig
 from .files import atomic_write, ensure_folder, writing
 from .mar import MAR, unpatchify
-from .parallel import agree, anyone, mean, on_first, own_rows, rank, sum_gradients
+from .parallel import agree, anyone, clip_gradients, gathered, is_shared, mean, on_first, own_rows, rank, shard, shares, sum_gradients, whole_state
 from .sampling import Draw, draw_noise, random_orders, sample
 
 # %% ../nbs/07_train.ipynb #07-004
 class Stage(Protocol):
     "What `fit` needs to know of a stage."
-    name: str        # as in `teacher`: part of every seed and every message
-    iterations: int  # steps of the whole stage
+    name: str          # as in `teacher`: part of every seed and every message
+    iterations: int    # steps of the whole stage
+    student: nn.Module # the network that pictures and measures are drawn with
 
     def modules(self) -> dict[str, nn.Module]: "Everything with weights or buffers that must survive, running averages included."
     def optimizers(self) -> dict[str, torch.optim.Optimizer]: "All optimisers, by name."
@@ -137,7 +139,7 @@ def clip_and_step(opt: torch.optim.Optimizer, # gradients are there already
     r"$g \leftarrow \sum_{\text{ranks}} g$, $g \leftarrow g \cdot \min(1, \text{clip} / \lVert g\rVert)$, then one update; gradients are cleared. Nothing waits for the device."
     params = list(params)
     sum_gradients(params)
-    norm = nn.utils.clip_grad_norm_(params, clip)
+    norm = clip_gradients(params, clip)
     for group in opt.param_groups: group["lr"] = lr
     opt.step()
     opt.zero_grad(set_to_none=True)
@@ -150,65 +152,55 @@ class EMA:
                  decay: float,            # d
                  ):
         self.module, self.decay = copy.deepcopy(module).eval().requires_grad_(False), decay
-        self.averages = list(self.module.parameters())
 
     @torch.no_grad()
     def update(self, module: nn.Module):  # the network after its step; its buffers are copied, not averaged
-        "One step of the average, all tensors at once."
-        torch._foreach_lerp_(self.averages, list(module.parameters()), 1 - self.decay)
+        "One step of the average, all tensors at once; of sharded ones each rank averages its shares."
+        torch._foreach_lerp_(shares(self.module.parameters()), shares(module.parameters()), 1 - self.decay)
         for mine, new in zip(self.module.buffers(), module.buffers()): mine.copy_(new)
 
 # %% ../nbs/07_train.ipynb #07-027
-_FORMAT, _CHECKPOINT, _LOG, _LOG_EVERY = "marval checkpoint 1", "checkpoint.pt", "log.jsonl", 10
-
-def _misfit(state, stage, seed):
-    "Why a checkpoint can't be continued, or nothing."
-    if not isinstance(state, dict) or state.get("format") != _FORMAT: return "not a checkpoint of marval"
-    if state["stage"] != stage.name: return f"it belongs to stage {state['stage']}; expected {stage.name}"
-    if state["seed"] != seed: return f"it was made with seed {state['seed']}; expected seed {seed}"
-    for part, module in stage.modules().items():
-        mine, theirs = module.state_dict(), state["modules"].get(part, {})
-        for key in sorted(mine.keys() | theirs.keys()):
-            a, b = (list(x[key].shape) if key in x else "none" for x in (mine, theirs))
-            if a != b: return f"{part}.{key} has shape {b}; expected {a}"
-
-# %% ../nbs/07_train.ipynb #07-028
-def save_checkpoint(path: Path,           # where
-                    stage: Stage,         # whose modules and optimisers
-                    seed: int,            # seed of the run
-                    step: int,            # steps done
-                    seconds: float = 0.0, # time spent so far
-                    window: tuple | list = (), # values of the steps since the last row of the log
-                    ) -> None:
-    "All state of a stage in one file, atomically. Raises `BadInput` where the system refuses."
-    state = dict(format=_FORMAT, stage=stage.name, seed=seed, step=step, seconds=seconds, window=list(window),
-                 modules={k: m.state_dict() for k, m in stage.modules().items()},
-                 optimizers={k: o.state_dict() for k, o in stage.optimizers().items()})
-    def write(temp):
-        with open(temp, "wb") as f: torch.save(state, f)
-    atomic_write(path, write)
+def trainable(start: MAR,           # on its device; becomes the trained network itself
+              compute: ComputeConfig, # how steps are computed
+              s,                    # settings of its stage: beta1, beta2, weight_decay, ema
+              lr: float,            # learning rate
+              averaged=True,        # whether to keep a running average
+              ) -> tuple[MAR, torch.optim.AdamW, EMA | None]:
+    "Network, optimiser and running average, ready for the first step."
+    model = start.requires_grad_(True)
+    model.recompute = compute.recompute == "blocks"
+    average = EMA(model, s.ema) if averaged else None
+    if average: shard(average.module, compute.sharding)
+    shard(model, compute.sharding)
+    if compute.compile == "on":
+        for block in model.blocks: block.compile(backend=_BACKEND)
+    return model, make_adamw(model, lr, (s.beta1, s.beta2), s.weight_decay), average
 
 
-def load_checkpoint(path: Path,     # where
-                    stage: Stage,   # filled in place
-                    seed: int,      # seed of the run
-                    device="cpu",   # where the logged values live
-                    ) -> tuple[int, float, list]: # steps done, seconds spent, values not yet logged; zeros where there is no file
-    "The inverse of `save_checkpoint`. Raises `BadInput` for a truncated or foreign file, another stage or seed, other shapes."
-    if not path.exists(): return 0, 0.0, []
-    try: state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as e: raise BadInput(f"cannot read {path}: {e.strerror}; expected a checkpoint of stage {stage.name}") from e
-    except Exception as e: raise BadInput(f"cannot read {path}: truncated or not a checkpoint; expected one of stage {stage.name}") from e
-    try:
-        if why := _misfit(state, stage, seed): raise BadInput(f"cannot continue from {path}: {why}")
-        for k, m in stage.modules().items(): m.load_state_dict(state["modules"][k])
-        for k, o in stage.optimizers().items(): o.load_state_dict(state["optimizers"][k])
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
-        if isinstance(e, BadInput): raise
-        raise BadInput(f"cannot continue from {path}: damaged; expected a checkpoint of stage {stage.name}") from e
-    return state["step"], state["seconds"], [{k: v.to(device) for k, v in w.items()} for w in state["window"]]
+def frozen(model: MAR,            # a network that is only asked; changed in place
+           compute: ComputeConfig, # whether it is sharded
+           ) -> MAR:              # the same
+    "In evaluation mode, without gradients."
+    return shard(model.eval().requires_grad_(False), compute.sharding)
 
-# %% ../nbs/07_train.ipynb #07-034
+
+def consolidated(model: MAR,    # sharded or not
+                 ) -> MAR | None: # on rank 0: a network that `save_weights` takes, on the CPU if it was put together for this; elsewhere None, if sharded
+    "All ranks call, at the end of a stage: the whole network. The same one, at no cost, where nothing is sharded."
+    if not any(map(is_shared, model.parameters())): return model
+    state = whole_state(model)
+    if rank(): return None
+    with torch.device("meta"): whole = MAR(model.cfg)
+    whole.load_state_dict(state, assign=True)
+    return whole.eval()
+
+
+_BACKEND = "inductor"  # of torch.compile
+
+# %% ../nbs/07_train.ipynb #07-032
+_LOG, _LOG_EVERY = "log.jsonl", 10
+
+# %% ../nbs/07_train.ipynb #07-033
 def read_log(folder: Path | str,  # folder of a stage
              ) -> list[dict]:     # rows, oldest first
     "The rows of `log.jsonl`; a last line that a killed process left incomplete is passed over."
@@ -218,7 +210,7 @@ def read_log(folder: Path | str,  # folder of a stage
         except ValueError: break
     return rows
 
-# %% ../nbs/07_train.ipynb #07-035
+# %% ../nbs/07_train.ipynb #07-034
 class _Journal:
     "Log, TensorBoard and pictures of one stage; keeps the file open."
     def __init__(self, folder):
@@ -276,11 +268,11 @@ def _means(window, name, step):
         if not math.isfinite(v): raise Diverged(f"{name}: {k} is {v} by step {step}; nothing was saved since the last checkpoint; try a lower learning rate")
     return means
 
-# %% ../nbs/07_train.ipynb #07-036
+# %% ../nbs/07_train.ipynb #07-035
 class Diverged(RuntimeError):
     "The loss is no longer a number. The message is one line; the last checkpoint is from before."
 
-# %% ../nbs/07_train.ipynb #07-038
+# %% ../nbs/07_train.ipynb #07-037
 def image_grid(images: Tensor,    # [B, C, H, W] in [0, 1], C = 1 or 3
                columns: int = 10, # tiles a row
                least: int = 32,   # smaller tiles are enlarged by a whole factor to at least so many pixels
@@ -304,7 +296,7 @@ def save_png(path: Path | str, # where
     picture = Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid)
     atomic_write(path, lambda p: picture.save(p, format="PNG"))
 
-# %% ../nbs/07_train.ipynb #07-041
+# %% ../nbs/07_train.ipynb #07-040
 class Watched:
     "How a stage's `student` is drawn, pictured and measured as training goes on."
     student: MAR
@@ -339,11 +331,11 @@ class Watched:
         "What `measure_fn` says of `log.metric_n` images."
         return self.measure_fn(*self.images(self.cfg.log.metric_n, seed=1)) if self.measure_fn else {}
 
-# %% ../nbs/07_train.ipynb #07-044
+# %% ../nbs/07_train.ipynb #07-043
 class Interrupted(Exception):
     "A stage was asked to stop, has saved itself, and can be continued. The message is one line."
 
-# %% ../nbs/07_train.ipynb #07-045
+# %% ../nbs/07_train.ipynb #07-044
 class _Signals:
     "Notes SIGINT and SIGTERM in `.came` while open. Python delivers signals to the main thread alone; elsewhere this does nothing."
     def __enter__(self):
@@ -357,7 +349,7 @@ class _Signals:
     def __exit__(self, *_):
         for s, handler in self.before.items(): signal.signal(s, handler if handler is not None else signal.SIG_DFL)
 
-# %% ../nbs/07_train.ipynb #07-047
+# %% ../nbs/07_train.ipynb #07-046
 def _bar(name, step, iterations, progress):
     "A tqdm bar that fits where it is shown."
     from tqdm import tqdm
@@ -366,9 +358,9 @@ def _bar(name, step, iterations, progress):
     return tqdm(total=iterations, initial=step, desc=name, disable=not progress, file=sys.stderr, smoothing=0.1, bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
                 ncols=width or (None if tty else 100), dynamic_ncols=tty and not width, mininterval=0.2 if tty or width else 10)
 
-# %% ../nbs/07_train.ipynb #07-049
+# %% ../nbs/07_train.ipynb #07-048
 def fit(stage: Stage,      # what to train; filled from the checkpoint where there is one
-        folder: Path,      # for checkpoint.pt, log.jsonl, tb/ and samples/
+        folder: Path,      # for the checkpoint, log.jsonl, tb/ and samples/
         seed: int,         # seed of the run
         log: LogConfig,    # how often to save, draw and measure
         device="cpu",      # where the stage lives
@@ -379,8 +371,9 @@ def fit(stage: Stage,      # what to train; filled from the checkpoint where the
     folder, n = Path(folder), stage.iterations
     on_first(ensure_folder, folder)
     with on_first(_Journal, folder) or nullcontext() as journal, _Signals() as signals:
-        step, spent, window = load_checkpoint(folder/_CHECKPOINT, stage, seed, device)
-        agree(step, f"the step of {folder/_CHECKPOINT}")
+        last = on_first(newest, folder, stage.name, share=True)
+        step, spent, window = load_checkpoint(last, stage, seed, device)
+        agree(step, f"the step of {last}")
         if step >= n: return
         on_first(lambda: journal.resume(step))
         start = time.monotonic() - spent
@@ -395,11 +388,14 @@ def fit(stage: Stage,      # what to train; filled from the checkpoint where the
                     on_first(lambda: journal.row(step, seconds(), means))
                     bar.set_postfix_str(f"loss {means['loss']:.4g}", refresh=False)
                 bar.update()
-                if due(log.sample_every): on_first(lambda: (images := stage.pictures(step)) is not None and journal.picture(step, images))
-                if due(log.metric_every): on_first(lambda: (figures := stage.measure(step)) and journal.row(step, seconds(), figures))
+                if due(log.sample_every) or due(log.metric_every):
+                    with gathered(stage.student):
+                        if due(log.sample_every): on_first(lambda: (images := stage.pictures(step)) is not None and journal.picture(step, images))
+                        if due(log.metric_every): on_first(lambda: (figures := stage.measure(step)) and journal.row(step, seconds(), figures))
                 stop = anyone(signals.came)
                 if stop or due(log.checkpoint_every):
                     window = [{k: mean(v) for k, v in w.items()} for w in window]
                     _means(window, stage.name, step)
-                    on_first(lambda: (journal.sync(), save_checkpoint(folder/_CHECKPOINT, stage, seed, step, seconds(), window)))
+                    on_first(lambda: journal.sync())
+                    save_checkpoint(folder, stage, seed, step, seconds(), window)
                 if stop: raise Interrupted(f"{stage.name} stopped at step {step} of {n} and is saved; run the same command again to go on")

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from conftest import environment
 
 STAGES = ("teacher", "distill", "rl")
 DROPOUT = ["model.dropout=0.1"]
+SHARDED = ["compute.sharding=fsdp"]
 
 
 def build(kind, overrides):
@@ -40,10 +42,13 @@ def build(kind, overrides):
 
 
 def work(jobs):
-    "What a process of these tests does: train stages one after another, in float64 or float32. `stop` = n: the last rank, and it alone, is asked to stop in step n."
-    from marval.parallel import group, rank, world
-    from marval.train import Interrupted, fit
+    """What a process of these tests does: train stages one after another, in float64 or float32, and keep what they have made. `stop` = n: the last rank, and it alone, is
+    asked to stop in step n. Blocks are compiled without the kernels, which take a minute to build on a CPU."""
+    from marval import train
+    from marval.mar import save_weights
+    from marval.parallel import group, on_first, rank, world
     torch.set_num_threads(1)
+    train._BACKEND = "aot_eager"
     with group():
         for folder, kind, overrides, double, stop in jobs:
             torch.set_default_dtype(torch.float64 if double else torch.float32)
@@ -53,16 +58,28 @@ def work(jobs):
                 if i + 1 == stop and rank() == world() - 1: os.kill(os.getpid(), signal.SIGINT)
                 return step(i, generator)
             stage.step = stopping
-            try: fit(stage, Path(folder), 0, cfg.log, progress=False)
-            except Interrupted as e: print(f"rank {rank()}: {e}", flush=True)
+            try: train.fit(stage, Path(folder), 0, cfg.log, progress=False)
+            except train.Interrupted as e: print(f"rank {rank()}: {e}", flush=True)
+            student = train.consolidated(stage.student)
+            on_first(lambda: save_weights(student, Path(folder) / "student.safetensors"))
 
 
 def run(*work):
     "Each (number of ranks, jobs) in processes of its own, side by side; returns what they printed."
     started = [rank for world, jobs in work for rank in start(world, jobs)]
-    ended = [rank.communicate(timeout=1800) for rank in started]
+    ended = end(started, 1800)
     for rank, (_, err) in zip(started, ended): assert rank.returncode == 0, err
     return "".join(out for out, _ in ended)
+
+
+def end(ranks, seconds):
+    "What each has printed, (stdout, stderr), within so many seconds for all of them; none outlives this call."
+    last = time.monotonic() + seconds
+    try: return [rank.communicate(timeout=max(1, last - time.monotonic())) for rank in ranks]
+    finally:
+        for rank in ranks:
+            if rank.poll() is None: rank.kill()
+            rank.wait()
 
 
 def start(world, jobs, *program):
@@ -80,26 +97,38 @@ def runs(tmp_path_factory):
     out = tmp_path_factory.mktemp("parallel")
     job = lambda name, kind, overrides=(), double=True, stop=None: (str(out / name), kind, list(overrides), double, stop)
     cases, single = [*((kind, kind, []) for kind in STAGES), ("dropout", "teacher", DROPOUT)], lambda name, *o: [job(f"{kind}-{name}", kind, o, double=False) for kind in STAGES]
-    half = lambda way: [job(f"{kind}-{way}", kind, stop=10) for kind in STAGES]
-    straight = lambda n: [job(f"{name}-{n}", kind, o) for name, kind, o in cases]
+    half = lambda way, *o: [job(f"{kind}-{way}", kind, o, stop=10) for kind in STAGES]
+    straight = lambda n, *more: [job(f"{name}-{n}", kind, [*o, *more]) for name, kind, o in cases]
     parts = [job(f"{name}-parts", kind, [*o, "compute.accumulate=4"]) for name, kind, o in cases]
     blocks = [job("dropout-blocks", "teacher", [*DROPOUT, "compute.recompute=blocks", "compute.accumulate=2"]), job("rl-blocks", "rl", ["compute.recompute=blocks"])]
-    said = run((1, half("1to2") + straight(1) + parts + blocks), (1, single("fp32") + single("bf16", "compute.precision=bf16")),
-               (2, half("2to1") + straight(2) + [job("teacher-2parts", "teacher", ["compute.accumulate=2"])] + single("fp32-2")))
-    said += run((2, [job(f"{kind}-1to2", kind) for kind in STAGES]), (1, [job(f"{kind}-2to1", kind) for kind in STAGES]))
+    sharded = straight("2f", *SHARDED) + [job("teacher-compiled", "teacher", [*SHARDED, "compute.compile=on"]),
+                                          job("dropout-2fparts", "teacher", [*DROPOUT, *SHARDED, "compute.accumulate=2", "compute.recompute=blocks"])]
+    said = run((1, half("1to2") + half("1to2f", *SHARDED) + straight(1) + parts + blocks), (1, single("fp32") + single("bf16", "compute.precision=bf16")),
+               (2, half("2to1") + straight(2) + [job("teacher-2parts", "teacher", ["compute.accumulate=2"])] + single("fp32-2")), (2, half("2fto1", *SHARDED) + sharded))
+    said += run((2, [job(f"{kind}-1to2", kind) for kind in STAGES]), (2, [job(f"{kind}-1to2f", kind, SHARDED) for kind in STAGES]), (1, [job(f"{kind}-{way}", kind) for kind in STAGES for way in ("2to1", "2fto1")]))
     return out, said
 
 
-def state(runs, name): return torch.load(runs[0] / name / "checkpoint.pt", weights_only=True)
+def checkpoint(folder):
+    "The last checkpoint, read without the help of the package: steps done, name -> weights and averages."
+    if (file := folder / "checkpoint.pt").exists():
+        kept = torch.load(file, weights_only=True)
+        return kept["step"], {f"{m}.{k}": v for m, module in kept["modules"].items() for k, v in module.items()}
+    from torch.distributed.checkpoint import FileSystemReader, load
+    shards, = folder.glob("checkpoint-*")
+    reader = FileSystemReader(shards)
+    kept = {k: torch.zeros(m.size, dtype=m.properties.dtype) for k, m in reader.read_metadata().state_dict_metadata.items() if k.startswith("modules/")}
+    load(kept, storage_reader=reader, no_dist=True)
+    return torch.load(shards / "head.pt", weights_only=True)["step"], {".".join(k.split("/")[1:]): v for k, v in kept.items()}
 
 
-def weights(runs, name): return {f"{m}.{k}": v for m, module in state(runs, name)["modules"].items() for k, v in module.items()}
+def weights(runs, name): return checkpoint(runs[0] / name)[1]
 
 
 def off(runs, a, b):
     "Largest difference of two runs' weights and averages, over the largest weight."
-    x, y = weights(runs, a), weights(runs, b)
-    assert x.keys() == y.keys() and state(runs, a)["step"] == state(runs, b)["step"] == 20
+    (i, x), (j, y) = checkpoint(runs[0] / a), checkpoint(runs[0] / b)
+    assert x.keys() == y.keys() and i == j == 20
     worst = max(float((x[k] - y[k]).abs().max()) for k in x) / max(float(v.abs().max()) for v in x.values())
     print(f"{a} against {b}: {worst:.1e}")
     return worst
@@ -109,20 +138,41 @@ def log(runs, name): return [{k: v for k, v in json.loads(line).items() if k != 
 
 
 @pytest.mark.parametrize("case", [*STAGES, "dropout"])
-def test_two_ranks_are_one(runs, case):
-    "Weights, averages, log and pictures."
-    assert off(runs, f"{case}-2", f"{case}-1") < 1e-6
-    for mine, theirs in zip(log(runs, f"{case}-2"), log(runs, f"{case}-1"), strict=True): assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-6)
-    assert (runs[0] / f"{case}-2" / "samples" / "000020.png").exists()
+@pytest.mark.parametrize("ranks", ["2", "2f"], ids=["replicated", "sharded"])
+def test_two_ranks_are_one(runs, case, ranks):
+    "Weights, averages, log, pictures and the network that is kept."
+    from marval.mar import load_weights
+    mine, one = f"{case}-{ranks}", f"{case}-1"
+    assert off(runs, mine, one) < 1e-6
+    for row, same in zip(log(runs, mine), log(runs, one), strict=True): assert row == pytest.approx(same, rel=1e-4, abs=1e-6)
+    assert (runs[0] / mine / "samples" / "000020.png").read_bytes() == (runs[0] / one / "samples" / "000020.png").read_bytes()
+    kept, alone = (load_weights(runs[0] / name / "student.safetensors").state_dict() for name in (mine, one))
+    average = {k.split(".", 1)[1]: v for k, v in weights(runs, mine).items() if k.startswith(("ema.", "student."))}
+    assert kept.keys() == alone.keys() == average.keys()
+    for k, v in kept.items(): assert v.equal(average[k]) and v.shape == alone[k].shape and torch.allclose(v, alone[k], rtol=0, atol=1e-6), k
+
+
+def test_shares(runs):
+    "Two ranks write a folder of about equal files, and nothing else."
+    shards, = (runs[0] / "distill-2f").glob("*checkpoint*")
+    sizes = {p.name: p.stat().st_size for p in shards.iterdir()}
+    print(shards.name, sizes)
+    assert shards.name == "checkpoint-00000020" and sizes.keys() == {".metadata", "__0_0.distcp", "__1_0.distcp", "head.pt"}
+    assert sizes["__1_0.distcp"] > 0.8 * sizes["__0_0.distcp"] and sizes["head.pt"] < 0.02 * sizes["__0_0.distcp"]
+
+
+def test_compiled_and_parts(runs):
+    "Compiled blocks, accumulation and recomputed blocks within sharded networks."
+    assert off(runs, "teacher-compiled", "teacher-1") < 1e-6 and off(runs, "dropout-2fparts", "dropout-1") < 1e-6
 
 
 @pytest.mark.parametrize("case", STAGES)
-@pytest.mark.parametrize("way", ["1to2", "2to1"])
+@pytest.mark.parametrize("way", ["1to2", "2to1", "1to2f", "2fto1"])
 def test_goes_on_with_another_number(runs, case, way):
-    "Stopped after 10 steps, by a signal to the last rank alone; all stop after the same step, and others go on."
+    "Stopped after 10 steps, by a signal to the last rank alone; all stop after the same step, and others go on, from a file or (f) a folder of shares."
     assert off(runs, f"{case}-{way}", f"{case}-1") < 1e-6
     for mine, theirs in zip(log(runs, f"{case}-{way}"), log(runs, f"{case}-1"), strict=True): assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-6)
-    assert len(re.findall(f"rank . *: {case} stopped at step 10 of 20", runs[1])) == 3
+    assert len(re.findall(f"rank . *: {case} stopped at step 10 of 20", runs[1])) == 6
 
 
 @pytest.mark.parametrize("case", [*STAGES, "dropout"])
@@ -156,6 +206,33 @@ def test_bf16(runs, case):
         assert mine[key] == pytest.approx(theirs[key], rel=0.05)
 
 
+def test_killed_while_saving(runs):
+    "Rank 0 is killed in its second save, when the shares are written and their index is not: the first one counts, and what was left of the second is cleared away."
+    script = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import test_parallel
+from torch.distributed.checkpoint import FileSystemWriter
+finish, saves = FileSystemWriter.finish, []
+def dying(*args, **kwargs):
+    saves.append(1)
+    if len(saves) == 2: os.kill(os.getpid(), signal.SIGKILL)
+    return finish(*args, **kwargs)
+FileSystemWriter.finish = dying
+test_parallel.work([(sys.argv[2], "teacher", [*test_parallel.SHARDED, "log.checkpoint_every=5"], True, None)])
+"""
+    folder = runs[0] / "teacher-killed"
+    ranks = start(2, [str(Path(__file__).parent), str(folder)], "-c", script)
+    try: assert ranks[0].wait(timeout=300) == -signal.SIGKILL
+    finally:
+        for rank in ranks: rank.kill()
+        end(ranks, 60)
+    assert {p.name for p in folder.glob("*checkpoint*")} == {"checkpoint-00000005", ".checkpoint.tmp"}
+    assert {p.name for p in (folder / ".checkpoint.tmp").glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"} and checkpoint(folder)[0] == 5
+    run((1, [(str(folder), "teacher", [], True, None)]))
+    assert off(runs, "teacher-killed", "teacher-1") < 1e-6 and {p.name for p in folder.glob("*checkpoint*")} == {"checkpoint.pt"}
+
+
 def test_impossible_batch(tmp_path):
     "A batch that can't be cut is refused in one line."
     from marval.config import BadInput
@@ -175,7 +252,7 @@ try: pipeline.run(override(cfg, ["compute.precision=bf16"]), ("teacher",), out)
 except BadInput as e: print(e)
 """
     ranks = start(2, [str(tmp_path / "run")], "-c", script)
-    ended = [rank.communicate(timeout=600) for rank in ranks]
+    ended = end(ranks, 600)
     for rank, (printed, err) in zip(ranks, ended):
         assert rank.returncode == 0, err
         assert "['done', 'skipped']" in printed and "compute.precision=fp32, now compute.precision=bf16" in printed
