@@ -240,7 +240,7 @@ def test_impossible_batch(tmp_path):
 
 
 def test_pipeline(tmp_path):
-    "A run folder served by two ranks: rank 0 keeps the books, a finished stage is skipped by both, a refusal reaches both."
+    "A run folder served by two ranks: rank 0 keeps the books, a finished stage is skipped by both, a refusal reaches both. Sharded, the same weights are kept."
     script = """
 import sys
 from pathlib import Path
@@ -250,6 +250,7 @@ cfg, out = override(preset("smoke"), ["teacher.iterations=6"]), Path(sys.argv[1]
 print([pipeline.run(cfg, ("teacher",), out)["teacher"] for _ in range(2)])
 try: pipeline.run(override(cfg, ["compute.precision=bf16"]), ("teacher",), out)
 except BadInput as e: print(e)
+pipeline.run(override(cfg, ["compute.sharding=fsdp"]), ("teacher",), out.with_name("sharded"))
 """
     ranks = start(2, [str(tmp_path / "run")], "-c", script)
     ended = end(ranks, 600)
@@ -258,6 +259,9 @@ except BadInput as e: print(e)
         assert "['done', 'skipped']" in printed and "compute.precision=fp32, now compute.precision=bf16" in printed
     assert sum("[1/1] teacher: finished before, skipped" in printed for printed, _ in ended) == 1
     assert (tmp_path / "run" / "teacher.safetensors").exists() and (tmp_path / "run" / "state" / "teacher" / "done.json").exists()
+    from marval.mar import load_weights
+    whole, shared = (load_weights(tmp_path / name / "teacher.safetensors").state_dict() for name in ("run", "sharded"))
+    assert whole.keys() == shared.keys() and max(float((v - shared[k]).abs().max()) for k, v in whole.items()) < 1e-5
 
 
 if __name__ == "__main__": work(json.loads(sys.argv[1]))
