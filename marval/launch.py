@@ -86,7 +86,7 @@ def _sbatch(text):
     "KEY=VALUE, or a KEY alone."
     key, eq, value = text.removeprefix("--").partition("=")
     key = key.replace("_", "-")
-    if not re.fullmatch(r"[a-z][a-z0-9-]*", key) or eq and not value: raise BadInput(f"--sbatch {text!r}: expected an option of sbatch by its long name, KEY=VALUE or KEY, as in gres=gpu:a100:8 or exclusive")
+    if not re.fullmatch(r"[a-z][a-z0-9-]+", key) or eq and not value: raise BadInput(f"--sbatch {text!r}: expected an option of sbatch by its long name, KEY=VALUE or KEY, as in gres=gpu:a100:8 or exclusive")
     if (own := _option(key.replace("ntasks-per-node", "tasks-per-node"))) in _TYPED: raise BadInput(f"--sbatch {text!r}: expected {own}")
     if key in _OURS: raise BadInput(f"--sbatch {text!r}: the launcher sets {key} itself; expected another option of sbatch")
     return key, value if eq else True

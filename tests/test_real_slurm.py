@@ -192,7 +192,7 @@ def test_taken_away_and_back(cluster, tmp_path):
 
 
 def test_looked_after(cluster, tmp_path):
-    "status, logs and cancel; a second start while jobs are in the queue is refused."
+    "status, logs and cancel; a second start while jobs are in the queue is refused; a job that runs out of time comes again."
     out = tmp_path / "run"
     argv = (*TWO, "--out", out, "--set", "teacher.iterations=1000000", "log.checkpoint_every=1000000", "log.sample_every=1000000")
     job = jobs(cluster.launch(*argv).stdout)
@@ -206,12 +206,18 @@ def test_looked_after(cluster, tmp_path):
     assert refused.returncode == 2 and refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1 and "rl" in refused.stderr
     again = cluster.launch(*argv)
     assert again.returncode == 2 and again.stderr.count("\n") == 1 and (job["teacher"] in again.stderr or "in use" in again.stderr)
+    cluster.tool("scontrol", "update", f"JobId={job['teacher']}", "TimeLimit=1")        # time is up: Slurm sends USR2 by itself
+    cluster.wait(lambda: cluster.state(job["teacher"]) == "PENDING", "the job to be queued again", 90)
+    reached = step(out, "teacher")
+    assert reached > 0                                                  # no checkpoint was due: it saved itself when it was told to go
+    cluster.tool("scontrol", "update", f"JobId={job['teacher']}", "TimeLimit=60", "StartTime=now")
+    cluster.wait(lambda: f'"step": {(reached // 10 + 2) * 10},' in log.read_text(), "the teacher to go on")
     gone = cluster.launch("cancel", out)
     assert gone.returncode == 0 and gone.stdout.count("is taken back") == 5, gone.stderr
     cluster.wait(lambda: all(cluster.state(j) == "CANCELLED" for j in job.values()), "the jobs to end", 30)
     cluster.wait(lambda: not mine(cluster.conf, SLURM_JOB_ID=job["teacher"]), "the processes to end", 30)
     assert "nothing to cancel" in cluster.launch("cancel", out).stdout
-    assert step(out, "teacher") > 0 and not list(out.rglob("*.tmp*"))   # TERM was enough to save
+    assert step(out, "teacher") > reached and not list(out.rglob("*.tmp*"))             # TERM was enough to save
 
 
 def test_failing_rank_ends_the_job(cluster, tmp_path):

@@ -52,9 +52,9 @@ def launch(env, *argv): return subprocess.run([sys.executable, str(LAUNCH), *map
 def flags(script): return dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", script.read_text(), re.M))
 
 
-def job(env, book, number, **kwargs):
-    "Run a submitted script as Slurm would."
-    return subprocess.Popen(["bash", str(book / f"{number}.sh")], env={**env, "SLURM_JOB_ID": str(number), "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, **kwargs)
+def job(env, book, number, tasks=1, **kwargs):
+    "Run a submitted script as Slurm would, its first process at least."
+    return subprocess.Popen(["bash", str(book / f"{number}.sh")], env={**env, "SLURM_JOB_ID": str(number), "SLURM_NTASKS": str(tasks), "SLURM_PROCID": "0"}, **kwargs)
 
 
 def test_one_job_per_stage_in_order(cluster, tmp_path):
@@ -145,6 +145,23 @@ def test_preempted_job_is_queued_again(cluster, tmp_path):
     from marval.config import override
     pipeline.run(override(preset("smoke"), cfg), ("teacher",), here)
     assert digests(out, ["teacher.safetensors"]) == digests(here, ["teacher.safetensors"])
+
+
+def test_a_taken_port_is_left_alone(cluster, tmp_path):
+    "Rank 0 of two finds a stranger at the port where the two are to meet: back into the queue, to come again with the next one."
+    import socket
+    from types import SimpleNamespace
+    from marval.launch import meeting_point
+    env, book = cluster
+    assert launch(env, "--scale", "smoke", "--tasks-per-node", 2, "--stage", "teacher", "--out", tmp_path / "run").returncode == 0
+    port = meeting_point(SimpleNamespace(job_id="101", num_tasks=2, num_nodes=1, global_rank=0, local_rank=0, hostnames=[]))["MASTER_PORT"]
+    with socket.socket() as stranger:
+        stranger.bind(("", int(port)))
+        stranger.listen()
+        first = job({**env, "SLURM_RESTART_COUNT": "0"}, book, 101, tasks=2, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        said, _ = first.communicate(timeout=120)
+        assert first.returncode != 0 and f"port {port} is taken" in said and (book / "calls").read_text() == "scontrol requeue 101\n"
+    assert not (tmp_path / "run" / "state" / "teacher").exists()
 
 
 def test_refused_submission(cluster, tmp_path):
