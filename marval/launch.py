@@ -302,10 +302,12 @@ def slurm_answers() -> bool:
 
 
 def slurm_states(ids) -> dict[str, dict]:  # job id -> state, time, where (nodes, or the reason for waiting)
-    "What Slurm knows of these jobs; those it has forgotten are missing."
+    "What Slurm knows of these jobs; those it has forgotten are missing. Raises `BadInput` where it does not answer."
     ids, found = list(ids), {}
     if not ids: return found
-    for line in _ask("squeue", "--noheader", "--states=all", f"--jobs={','.join(ids)}", "--format=%i|%T|%M|%R") or []:
+    lines = _ask("squeue", "--noheader", "--states=all", f"--jobs={','.join(ids)}", "--format=%i|%T|%M|%R")
+    if lines is None and not slurm_answers(): raise BadInput("Slurm does not answer (squeue, sinfo); expected a login node of the cluster that has the jobs")
+    for line in lines or []:                            # a job that it has forgotten is an error to squeue
         job, state, spent, where = line.split("|", 3)
         found[job] = dict(state=state, time=spent, where=where)
     if rest := [i for i in ids if i not in found]:
@@ -348,11 +350,12 @@ def status(out: Path) -> list[dict]:  # a row per stage
     "What the folder says, and what Slurm says."
     cfg, jobs = noted(out)
     last = {stage: job for job in jobs for stage in job["stages"]}
-    states = slurm_states({job["job"] for job in last.values() if job["cluster"] == "slurm"})
-    rows = []
+    rows, missing = [], dict(state="not in the queue any more", time="", where="")
+    try: states = slurm_states({job["job"] for job in last.values() if job["cluster"] == "slurm"})
+    except BadInput: states, missing = {}, dict(missing, state="does not answer")
     for stage in pipeline.graph(cfg):
         job = last.get(stage)
-        said = states.get(job["job"], dict(state="not in the queue any more", time="", where="")) if job and job["cluster"] == "slurm" else dict(state="", time="", where="this machine" if job else "")
+        said = states.get(job["job"], missing) if job and job["cluster"] == "slurm" else dict(state="", time="", where="this machine" if job else "")
         rows.append(dict(stage=stage, progress=progress(cfg, stage, out), job=job["job"] if job and job["cluster"] == "slurm" else "-", slurm=said["state"].lower(), time=said["time"], where=said["where"]))
     return rows
 

@@ -110,6 +110,12 @@ def test_queued_jobs_are_not_submitted_twice(cluster, tmp_path):
     rows = [line.split() for line in launch(env, "status", tmp_path / "run").stdout.splitlines()]
     assert rows[1] == ["teacher", "to", "do", "101", "completed", "0:10", "vm"] and rows[2][3:] == ["102", "pending", "0:00", "(Priority)"]
     assert "103 not in the queue any more" in " ".join(rows[3])
+    os.rename(tmp_path / "tools" / "squeue", tmp_path / "tools" / "away")                              # a controller that is down is not an empty queue
+    down = {**env, "NO_CONTROLLER": "1"}
+    assert [line.split()[4:] for line in launch(down, "status", tmp_path / "run").stdout.splitlines()[1:]] == [["does", "not", "answer"]] * 5
+    done = launch(down, "cancel", tmp_path / "run")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Slurm does not answer" in done.stderr
+    os.rename(tmp_path / "tools" / "away", tmp_path / "tools" / "squeue")
     assert launch(env, "cancel", tmp_path / "run").stdout.splitlines() == ["job 102 (judges) is taken back"] and (book / "calls").read_text() == "scancel 102\n"
 
 
