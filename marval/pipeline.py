@@ -7,6 +7,7 @@ __all__ = ['DIGITS', 'IMAGENET', 'STAGES', 'Node', 'graph', 'select', 'settings'
            'guarded']
 
 # %% ../nbs/14_pipeline.ipynb #14-003
+import errno
 import fcntl
 import os
 import signal
@@ -168,6 +169,9 @@ def lock(out: Path,         # run folder, which exists
                 f.seek(0)
                 raise BadInput(f"{out} is in use by process {f.read().strip() or '?'}; expected a folder of its own for every run (--out)") from None
             time.sleep(0.1)
+        except OSError as e:
+            if e.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS): raise
+            break                                       # a file system without locks: as well as can be
     f.truncate(0)
     f.write(str(os.getpid()))
     f.flush()

@@ -14,7 +14,7 @@ from marval.config import preset
 
 BAD = {
     "no scale": ([], "--scale"),
-    "unknown scale": (["--scale", "tiny"], "'tiny'"),
+    "unknown scale": (["--scale", "gigantic"], "'gigantic'"),
     "unknown stage": (["--scale", "smoke", "--stage", "vae"], "'vae'"),
     "unknown cluster": (["--scale", "smoke", "--cluster", "cloud"], "'cloud'"),
     "unknown option": (["--scale", "smoke", "--gpus", "8"], "--gpus"),
@@ -35,9 +35,37 @@ BAD = {
     "out is a file": (["--scale", "smoke", "--out", "file"], "file"),
     "out in /proc": (["--scale", "smoke", "--out", "/proc/run"], "/proc/run"),
     "no Slurm": (["--scale", "smoke", "--cluster", "slurm"], "sbatch"),
-    "base": (["--scale", "base"], "not built yet"),
-    "large": (["--scale", "large", "--stage", "teacher"], "not built yet"),
-    "huge": (["--scale", "huge", "--cluster", "local"], "not built yet"),
+    "no data": (["--scale", "base"], "--data is missing"),
+    "no folder of data": (["--scale", "base", "--data", "nowhere", "--vae", "file"], "nowhere: no such folder"),
+    "no cache": (["--scale", "large", "--stage", "teacher"], "run --stage cache first"),
+    "no tokenizer": (["--scale", "huge", "--data", ".", "--cluster", "local"], "--vae is missing"),
+    "no file of the tokenizer": (["--scale", "huge", "--data", ".", "--vae", "kl16.ckpt"], "kl16.ckpt: no such file"),
+    "no reward": (["--scale", "huge", "--data", ".", "--vae", "file"], "--reward is missing"),
+    "no teacher's file": (["--scale", "huge", "--stage", "teacher", "--teacher", "huge.pth"], "huge.pth: no such file"),
+    "a foreign teacher": (["--scale", "huge", "--stage", "teacher", "--teacher", "file"], "file"),
+    "an empty path": (["--scale", "huge", "--vae", ""], "--vae ''"),
+    "a cache of digits": (["--scale", "smoke", "--stage", "cache"], "'cache'"),
+    "data of digits": (["--scale", "digits", "--data", "."], "--data: scale digits brings all it needs"),
+    "a teacher of digits": (["--scale", "smoke", "--teacher", "file"], "--teacher"),
+    "no nodes": (["--scale", "huge", "--nodes", "0"], "--nodes 0"),
+    "nodes of the wrong type": (["--scale", "huge", "--nodes", "two"], "'two'"),
+    "17 GPUs": (["--scale", "huge", "--gpus-per-node", "17"], "expected 0 to 16"),
+    "-1 GPUs": (["--scale", "huge", "--gpus-per-node", "-1"], "expected 0 to 16"),
+    "GPUs for digits": (["--scale", "digits", "--gpus-per-node", "1"], "runs on the CPU"),
+    "two processes on four GPUs": (["--scale", "huge", "--gpus-per-node", "4", "--tasks-per-node", "2"], "one process for each GPU"),
+    "no time": (["--scale", "huge", "--time", "0"], "--time 0"),
+    "a time in words": (["--scale", "huge", "--time", "a week"], "D-HH:MM:SS"),
+    "memory without a unit": (["--scale", "huge", "--mem", "64"], "480G"),
+    "sbatch's short options": (["--scale", "huge", "--sbatch", "p=a100"], "--sbatch 'p=a100'"),
+    "our own options for sbatch": (["--scale", "huge", "--sbatch", "partition=a100"], "expected --partition"),
+    "a batch that can't be cut": (["--scale", "huge", "--nodes", "3"], "teacher.batch=2048 in 24 x 1 parts"),
+    "a batch that can't be cut, here": (["--scale", "smoke", "--tasks-per-node", "3"], "teacher.batch=16 in 3 x 1 parts"),
+    "Slurm's options here": (["--scale", "smoke", "--partition", "a100"], "--partition: an option of Slurm jobs"),
+    "two nodes here": (["--scale", "smoke", "--nodes", "2"], "a run on this machine has one"),
+    "status of nothing": (["status", "nowhere"], "nowhere: no such folder"),
+    "status of another folder": (["status", "."], "nothing was started there"),
+    "logs of nothing": (["logs", "nowhere"], "nowhere: no such folder"),
+    "cancel what": (["cancel"], "RUN"),
 }
 
 
@@ -188,13 +216,47 @@ def test_dry_run(scale, size, launch, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert launch.main(["--scale", scale, "--dry-run"]) == 0
     out, err = capsys.readouterr()
-    plan, *more, job = out.split("\n\n")
+    head, *scripts = out.split("\n# ---- ")
+    plan, *more, job = head.strip().split("\n\n")
+    big = scale in ("base", "large", "huge")
     rows = {line.split()[0]: line for line in [*plan.splitlines()[1:], *job.splitlines()]}
-    assert [[line.split()[0] for line in table.splitlines()[2:]] for table in more] == ([["teacher", "distill", "rl"]] if scale in ("base", "large", "huge") else [])
-    assert all(stage in rows for stage in pipeline.DIGITS) and all(size in rows[stage] for stage in pipeline.STAGES)
+    assert [[line.split()[0] for line in table.splitlines()[2:]] for table in more] == ([["teacher", "distill", "rl"]] if big else [])
+    assert all(stage in rows for stage in pipeline.graph(preset(scale))) and all(size in rows[stage] for stage in pipeline.STAGES if stage != "cache")
     for stage in ("teacher", "distill", "rl"): assert re.search(rf" {getattr(preset(scale), stage).iterations} +{getattr(preset(scale), stage).batch} ", rows[stage])
-    assert f"runs/{scale}" in rows["folder"] and rows["GPUs"].split()[1] == ("8" if scale in ("base", "large", "huge") else "none")
+    assert f"runs/{scale}" in rows["folder"] and rows["GPUs"].split()[1] == ("8" if big else "none")
+    assert [s.splitlines()[0] for s in scripts] == (["cache", "teacher, after cache", "distill, after teacher", "rl, after distill", "evaluate, after rl"] if big else []) and ("--data is missing" in head) == big
+    for s, before in zip(scripts[1:], pipeline.STAGES): assert f"#SBATCH --dependency=afterok:JOB_OF_{before.upper()}\n" in s and "-m submitit.core._submit" in s
     assert err == "" and not list(tmp_path.iterdir())
+
+
+def test_a_teacher_from_a_file_changes_the_graph(launch, tmp_path, capsys):
+    "Its job asks for one GPU and waits for no cache of its own."
+    assert launch.main(["--scale", "huge", "--teacher", str(tmp_path / "huge.pth"), "--nodes", "2", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    script = out.split("\n# ---- ")[2]
+    assert script.startswith("teacher, after cache") and "--gpus-per-node=1\n" in script and "--nodes=1\n" in script and "\nGPUs    16 " in out and out.count("--nodes=2\n") == 3
+
+
+def test_big_scale_without_gpus(launch, tmp_path, monkeypatch):
+    "Asked for last, when everything else is there."
+    from marval.config import BadInput
+    from marval.launch import resources
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(BadInput, match="scale huge asks for 8 GPUs, and this machine has 0"): launch.fit_here(resources("huge", {}), "huge")
+    assert launch.fit_here(resources("huge", dict(gpus_per_node=0)), "huge").world == 1
+
+
+def test_status_logs_and_cancel_of_a_local_run(launch, reference, capsys):
+    out, _ = reference
+    before = contents(out)
+    assert launch.main(["status", str(out)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[1:] == [[stage, "done", "-", "this", "machine"] for stage in pipeline.DIGITS]
+    assert launch.main(["logs", str(out), "--stage", "rl", "--lines", "1000"]) == 0
+    assert "[4/5] rl" in capsys.readouterr().out
+    assert launch.main(["cancel", str(out)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "was started on this machine" in err and contents(out) == before
 
 
 def test_dry_run_knows_the_folder(launch, taught, capsys):
@@ -208,4 +270,6 @@ def test_help(launch, capsys):
     with pytest.raises(SystemExit) as e: launch.main(["--help"])
     text = capsys.readouterr().out
     assert e.value.code == 0 and "python slurm/launch.py --scale digits" in text
-    for option in ("--scale", "--stage", "--cluster", "--out", "--seed", "--dry-run", "--set"): assert option in text
+    for option in ("--scale", "--stage", "--cluster", "--out", "--seed", "--dry-run", "--set", "--data", "--vae", "--teacher", "--reward", "--names", "--nodes", "--gpus-per-node", "--partition", "--account", "--qos", "--constraint",
+                   "--time", "--setup", "--sbatch"): assert option in text
+    assert all(f"launch.py {word} RUN" in text for word in ("status", "logs", "cancel"))

@@ -56,11 +56,11 @@ def test_killed_at_five_random_moments(reference, tmp_path):
     assert digests(out) == digests(reference[0]) and figures(out) == figures(reference[0])
 
 
-@pytest.mark.parametrize("group", [True, False], ids=["Ctrl-C", "SIGINT to the launcher"])
-def test_interrupted(group, tmp_path):
+@pytest.mark.parametrize("group, tasks", [(True, 1), (False, 1), (True, 2)], ids=["Ctrl-C", "SIGINT to the launcher", "Ctrl-C, two processes"])
+def test_interrupted(group, tasks, tmp_path):
     "The step is finished and saved, the command to go on with is shown, nothing runs on; and it does go on."
     out = tmp_path / "run"
-    argv = ("--scale", "smoke", "--stage", "teacher", "--cluster", "local", "--out", out, "--set", "teacher.iterations=5000", "log.checkpoint_every=1000000", "log.sample_every=1000000")
+    argv = ("--scale", "smoke", "--stage", "teacher", "--cluster", "local", "--out", out, "--tasks-per-node", tasks, "--set", "teacher.iterations=5000", "log.checkpoint_every=1000000", "log.sample_every=1000000")
     run = Launched(*argv)
     log = out / "state" / "teacher" / "log.jsonl"
     assert wait_for(lambda: log.exists() and log.stat().st_size > 0, run.process)
