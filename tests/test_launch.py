@@ -58,7 +58,7 @@ BAD = {
     "memory without a unit": (["--scale", "huge", "--mem", "64"], "480G"),
     "sbatch's short options": (["--scale", "huge", "--sbatch", "p=a100"], "--sbatch 'p=a100'"),
     "our own options for sbatch": (["--scale", "huge", "--sbatch", "partition=a100"], "expected --partition"),
-    "a batch that can't be cut": (["--scale", "huge", "--nodes", "3"], "teacher.batch=2048 in 24 x 1 parts"),
+    "a batch that can't be cut": (["--scale", "huge", "--nodes", "3"], "teacher.batch=2048 in 24 x 8 parts"),
     "a batch that can't be cut, here": (["--scale", "smoke", "--tasks-per-node", "3"], "teacher.batch=16 in 3 x 1 parts"),
     "Slurm's options here": (["--scale", "smoke", "--partition", "a100"], "--partition: an option of Slurm jobs"),
     "two nodes here": (["--scale", "smoke", "--nodes", "2"], "a run on this machine has one"),
