@@ -197,15 +197,17 @@ class Leave:
                  patience: float = 120): # seconds until rank 0 requeues without having saved
         self.first, self.patience, self.asked, self.done = first, patience, False, threading.Lock()
         self.submitit = signal.signal(signal.SIGUSR2, self)
+        if first: threading.Thread(target=self._watch, daemon=True).start()            # not in the handler, which may come while a lock is held
 
     def __call__(self, *_):
         if self.asked: return
         self.asked = True
-        if self.first:
-            timer = threading.Timer(self.patience, self.requeue)
-            timer.daemon = True
-            timer.start()
         signal.raise_signal(signal.SIGTERM)         # `fit` and `guarded` know what to do
+
+    def _watch(self):
+        while not self.asked: time.sleep(1)
+        time.sleep(self.patience)
+        self.requeue()
 
     def requeue(self):
         "Put the job back into the queue, once. Ends the process."

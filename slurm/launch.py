@@ -205,7 +205,8 @@ def dry_run(cfg, stages, out, r, cluster) -> int:
     print(show(pipeline.plan(cfg, stages, out)))
     if r.gpus:
         from marval.plan import REACHED, forecast
-        if table := forecast(cfg, stages, r.gpus): print(f"\nmemory a GPU in GB, and days on {r.gpus} GPUs at {REACHED:.0%} of their bf16 peak (assumed)\n{show(table)}")
+        trained = tuple(s for s in stages if s != "teacher" or not cfg.teacher.checkpoint)
+        if table := forecast(cfg, trained, r.gpus): print(f"\nmemory a GPU in GB, and days on {r.gpus} GPUs at {REACHED:.0%} of their bf16 peak (assumed)\n{show(table)}")
     print(f"\nfolder  {out}\ndata    {cfg.data.path or cfg.data.name}\nGPUs    {f'{r.gpus} ({r.nodes} x {r.gpus_per_node})' if r.gpus else 'none'}\ncluster {cluster}")
     try: pipeline.check(cfg, stages, out)
     except BadInput as e: print(f"refused as it stands: {e}")

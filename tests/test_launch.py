@@ -234,7 +234,7 @@ def test_a_teacher_from_a_file_changes_the_graph(launch, tmp_path, capsys):
     assert launch.main(["--scale", "huge", "--teacher", str(tmp_path / "huge.pth"), "--nodes", "2", "--dry-run"]) == 0
     out = capsys.readouterr().out
     script = out.split("\n# ---- ")[2]
-    assert script.startswith("teacher, after cache") and "--gpus-per-node=1\n" in script and "--nodes=1\n" in script and "\nGPUs    16 " in out and out.count("--nodes=2\n") == 3
+    assert [line.split()[0] for line in out.split("\n\n")[1].splitlines()[2:]] == ["distill", "rl"] and script.startswith("teacher, after cache") and "--gpus-per-node=1\n" in script and "--nodes=1\n" in script and "\nGPUs    16 " in out and out.count("--nodes=2\n") == 3
 
 
 def test_big_scale_without_gpus(launch, tmp_path, monkeypatch):
