@@ -148,6 +148,9 @@ def fidelity(images: Images,                  # generated, at least 5
     "Every figure, the same for any number of processes, on all of them. Raises `BadInput` on all of them."
     for what, found in (("", images), ("the reference: ", reference.images)):
         if found and found.n < 5: raise BadInput(f"{what}{found.n} images; expected at least 5")
+    if reference.stats:                                                # before hours of drawing
+        have, want = net(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))["features"].shape[1], len(reference.stats["mu"])
+        if have != want: raise BadInput(f"reference statistics of {want} features; expected {have}, as the extractor {net.name} has")
     fake = extract(images, net, cache, title)
     real = extract(reference.images, net, cache, title and f"{title}, reference") if reference.images else None
     return on_first(_figures, fake, real, reference, net, share=True)
