@@ -9,11 +9,13 @@ __all__ = ['INCEPTION', 'Images', 'to_bytes', 'folder_images', 'array_images', '
 # %% ../nbs/13b_features.ipynb #13-003
 import hashlib
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Callable
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -236,7 +238,7 @@ def _shelf(cache, images, net):
     if not cache or images.recipe is None: return None
     recipe = dict(images=images.recipe, batch=images.batch, extractor=net.name, weights=net.digest, device=torch.device(net.device).type)
     folder = ensure_folder(Path(cache)/hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16])
-    on_first(lambda: write_json(folder/"recipe.json", recipe))
+    on_first(lambda: _place(folder/"recipe.json", lambda tmp: write_json(tmp, recipe)))
     return folder
 
 
@@ -248,8 +250,15 @@ def _kept(path, make):
         try: return load_file(path)
         except SafetensorError: pass
     made = make()
-    if path: atomic_write(path, lambda tmp: save_file({k: v.contiguous() for k, v in made.items()}, tmp))
+    if path: _place(path, lambda own: atomic_write(own, lambda tmp: save_file({k: v.contiguous() for k, v in made.items()}, tmp)))
     return made
+
+
+def _place(path, write):
+    "Write under a name of one's own, then rename: another evaluation may be busy with the same reference."
+    own = path.with_name(f".{uuid4().hex}{path.suffix}")
+    write(own)
+    os.replace(own, path)
 
 
 def _raise_together(error):

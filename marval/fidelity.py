@@ -80,14 +80,16 @@ def small_sample(n: int,               # images
                  F: int,               # features
                  line: dict | None,    # from `fid_infinity`
                  reference: int | None = None, # images behind the reference; None = not known
+                 scored: bool = False, # is there an Inception score?
                  ) -> list[str]:       # one sentence each; empty where there is nothing to say
-    "What a reader of an FID from few images must know."
+    "What a reader of figures from few images must know."
     said = []
     if n < PROTOCOL:
         if n <= F: why = f"the covariance of {n} images in {F} dimensions is singular, so this FID measures the sample's size first; expected more than {2 * F} images"
         elif line is None: why = f"too few to tell by how much with {F} features; expected more than {4 * F}"
         else: why = f"by about {line['fid'] - line['infinity']:.3g}: extrapolated to infinitely many images it is {line['infinity']:.4g} (FID_n = FID_inf + b/n, fitted to {', '.join(f'{m:.0f}: {v:.4g}' for m, v in line['points'])})"
         said.append(f"FID of {n} images is biased upwards, {why}. Published figures are of {PROTOCOL}; compare at equal n only.")
+        if scored: said.append(f"The Inception score of {n} images is biased downwards: the entropy of mean class probabilities, taken over {n // 10} images each, comes out too small.")
     if reference is not None and reference < PROTOCOL: said.append(f"The reference has {reference} images, whose own bias (upwards, about as large as for {reference} generated ones) stays in any FID against it.")
     return said
 
@@ -165,7 +167,7 @@ def _figures(fake, real, reference, net):
     (is_mean, is_std), (kid_mean, kid_std), (precision, recall) = [g() if ok else (None, None) for ok, g in (
         ("logits" in fake, lambda: inception_score(fake["logits"])), (real, lambda: kid(f, r)), (real, lambda: precision_recall(f, r)))]
     return dict(n=n, fid=line["fid"] if line else fid(own, stats), fid_infinity=line and line["infinity"], is_mean=is_mean, is_std=is_std, kid=kid_mean, kid_std=kid_std, precision=precision, recall=recall,
-                n_reference=None if r is None else len(r), extractor=dict(name=net.name, sha256=net.digest, features=F), warnings=small_sample(n, F, line, None if reference.stats or r is None else len(r)))
+                n_reference=None if r is None else len(r), extractor=dict(name=net.name, sha256=net.digest, features=F), warnings=small_sample(n, F, line, None if reference.stats or r is None else len(r), "logits" in fake))
 
 # %% ../nbs/13b_fidelity.ipynb #13-035
 def measure_drawn(draw,                            # (number of the batch, labels [b] long) -> images [b, C, H, W] in [0, 1]; seeded by the number alone

@@ -124,7 +124,7 @@ def test_two_ranks_are_one(ended):
     results, _, ((out, err, status), (out2, err2, status2)) = ended[0], ended[1], ended[2][0]
     assert figures(results["two"]) == figures(results["one"]) and results["two"]["images"] == results["one"]["images"]
     assert (results["one"]["ranks"], results["two"]["ranks"], results["one"]["n"]) == (1, 2, 73)
-    assert out.count("FID") == 1 and out2 == "" and err.count("warning: FID of 73 images is biased upwards") == 1 and err2 == ""
+    assert out.count("FID") == 1 and out2 == "" and err.count("warning: FID of 73 images is biased upwards") == err.count("warning: The Inception score of 73 images is biased downwards") == 1 and err2 == ""
     assert status == status2 == "status 0, drew 5"                                            # 8 batches, and a rehearsal each
 
 
