@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .config import BadInput
 from .files import atomic_write, ensure_folder, sha256, write_json
-from .parallel import on_first, rank, world
+from .parallel import agree, on_first, rank, world
 from .train import _bar
 
 # %% ../nbs/13b_features.ipynb #13-006
@@ -49,12 +49,17 @@ def to_bytes(images: Tensor,  # [B, C, H, W], uint8 or floating point in [0, 1];
     return images.expand(-1, 3, -1, -1).contiguous()      # a convolution's last bits depend on the order in memory, too
 
 # %% ../nbs/13b_features.ipynb #13-009
+def _line(e):
+    "The first sentence of what was raised."
+    return (str(e).strip() or type(e).__name__).splitlines()[0].split(". ")[0].rstrip(":.")
+
+
 def folder_images(path: Path | str,        # a folder; pictures in subfolders count too
                   size: int | None = None, # cut to so many pixels a side (ADM's crop); None = as they are
                   batch: int = 50,         # rows of a batch
                   ) -> Images:
     "Pictures of a folder, by sorted name. Raises `BadInput` where there are none, and when read, for a file that is no picture or has another size than the first."
-    from marval.data import EXTENSIONS, center_crop, load_image, to_rgb
+    from marval.data import EXTENSIONS, load_image, to_rgb
     from PIL import Image
     root = Path(path)
     files = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS and not p.name.startswith(".")) if root.is_dir() else []
@@ -63,7 +68,8 @@ def folder_images(path: Path | str,        # a folder; pictures in subfolders co
         if size: return load_image(root/name, size)
         try:
             with Image.open(root/name) as picture: return torch.from_numpy(np.array(to_rgb(picture))).permute(2, 0, 1)
-        except (OSError, ValueError, SyntaxError) as e: raise BadInput(f"{root/name}: {str(e).splitlines()[0]}; expected an image") from e
+        except MemoryError: raise
+        except Exception as e: raise BadInput(f"{root/name}: {_line(e)}; expected an image") from e                 # each decoder has its own ways to fail
     first = []
     def read(start, stop):
         if not first: first.append(one(files[0]).shape)
@@ -201,9 +207,6 @@ def _built(kind, name, layers, weights):
     except Exception as e: raise BadInput(f"{weights}: other tensors than those of {name} ({_line(e)}); expected its weights") from e
 
 
-def _line(e): return (str(e).strip() or type(e).__name__).splitlines()[0].split(". ")[0].rstrip(":.")
-
-
 def _digest(net):
     "SHA-256 of a module's weights."
     h = hashlib.sha256(type(net).__name__.encode())
@@ -217,6 +220,7 @@ def extract(images: Images,                   # of which
             title: str | None = None,         # name of a progress bar; None = no bar
             ) -> dict[str, Tensor] | None:    # features [n, F], logits [n, C], float32; None on ranks other than 0
     r"$f(x_i)$, in the order of $i$. Raises `BadInput` on every rank where one can't read an image."
+    agree(images.n, "the number of images")
     stretches, folder = images.stretches(), _shelf(cache, images, net)
     mine, error = {}, None
     try:
