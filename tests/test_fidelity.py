@@ -160,6 +160,23 @@ def test_all_roads_give_the_same(folder, ended, tmp_path, capsys):
     assert "KID" not in capsys.readouterr().out.splitlines()[-1] and result["precision"] is None and result["reference"]["kind"] == "statistics"
 
 
+def test_photographs(tmp_path, capsys):
+    "Latents and their tokenizer, random weights, by the teacher's chain; and the tokenizer is asked for."
+    from test_imagenet import write_files
+    from marval.evaluate_cli import evaluate_cli
+    from marval.files import sha256
+    register()
+    folder = write_files(tmp_path, 3)
+    np.savez(folder / "real.npz", np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), dtype=np.uint8))
+    argv = ["--weights", str(folder / "teacher.pth"), "--teacher-chain", "2", "--K", "2", "--cfg", "1.5", "--n", "6", "--batch", "4", "--reference", str(folder / "real.npz"), "--extractor", "small", "--device", "cpu"]
+    assert evaluate_cli([*argv, "--vae", str(folder / "kl16.ckpt"), "--out", str(tmp_path / "result.json")]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["fid"] > 0 and {k: result["images"][k] for k in ("K", "cfg", "chain_steps", "classes")} == dict(K=2, cfg=1.5, chain_steps=2, classes=3)
+    assert result["images"]["vae_sha256"] == sha256(folder / "kl16.ckpt") and result["images"]["weights_sha256"] == sha256(folder / "teacher.pth")
+    capsys.readouterr()
+    assert evaluate_cli(argv) == 2 and "--vae" in capsys.readouterr().err
+
+
 BAD = {
     "neither": (["--reference", "stats.npz"], "--weights"),
     "both": (["--images", "four", "--weights", "student.safetensors"], "both"),
