@@ -14,7 +14,12 @@ from .mar import unpatchify
 from .sampling import OneStep, TeacherChain, _check_inputs, cfg_at, draw_noise, random_orders, reveal_counts
 
 # %% ../nbs/03b_fast.ipynb #03-006
-def _affine(linear, cast, rows=slice(None)): return cast(linear.bias[rows]), cast(linear.weight[rows]).t()          # as addmm wants them
+def _matrix(w, cast):
+    "A weight [out, in] in the sampler's type. On a CPU it is stored column by column, which a product with a few rows reads up to three times faster."
+    w = cast(w)
+    return w if w.is_cuda else w.t().contiguous().t()
+
+def _affine(linear, cast): return cast(linear.bias), _matrix(linear.weight, cast).t()                             # as addmm wants them
 
 def _norm(h): return torch.layer_norm(h, h.shape[-1:], None, None, 1e-6)
 
@@ -71,13 +76,14 @@ class _Head:
     "What both ways of drawing share. `cast` rounds to the sampler's type."
     def __init__(self, model, times, cast, sigma=1., last=slice(None), factor=1.):
         net, n, D = model.diffloss["net"], model.decoder_norm, model.cfg.token_dim
-        self.mod_b, self.mod_w = map(cast, _fold(net))
-        self.mlps = [tuple(map(cast, (b.mlp[0].bias, b.mlp[0].weight, b.mlp[2].bias, b.mlp[2].weight))) for b in net.res_blocks]
+        bias, matrix = _fold(net)
+        self.mod_b, self.mod_w = cast(bias), _matrix(matrix, cast)
+        self.mlps = [(cast(b.mlp[0].bias), _matrix(b.mlp[0].weight, cast), cast(b.mlp[2].bias), _matrix(b.mlp[2].weight, cast)) for b in net.res_blocks]
         self.width, self.mods = net.input_proj.out_features, 3 * len(net.res_blocks) + 2
-        self.first = cast(sigma * net.input_proj.weight.double()), cast(net.input_proj.bias)
-        self.last = tuple(cast(factor * x[last].double()) for x in (net.final_layer.linear.weight, net.final_layer.linear.bias))
+        self.first = _matrix(sigma * net.input_proj.weight.double(), cast), cast(net.input_proj.bias)
+        self.last = _matrix(factor * net.final_layer.linear.weight[last].double(), cast), cast(factor * net.final_layer.linear.bias[last].double())
         W_c, b_c, pos = net.cond_embed.weight.double(), net.cond_embed.bias.double(), model.diffusion_pos_embed_learned[0].double()
-        self.cond, self.table = cast(W_c * n.weight.double()), F.linear(n.bias.double() + pos, W_c, b_c)                 # table [L, V]
+        self.cond, self.table = _matrix(W_c * n.weight.double(), cast), F.linear(n.bias.double() + pos, W_c, b_c)                 # table [L, V]
         self.times = net.time_embed(times).double()                                                                     # [S, V]
         self.residual = _residual
 
