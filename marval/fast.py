@@ -227,6 +227,7 @@ class FastSampler:
         if not self.graph: return self._loop(labels.to(self.device), orders.to(self.device), [z.to(self.device, self.state) for z in noise])
         if len(labels) not in self._graphs: self._graphs[len(labels)] = self._capture(len(labels))
         graph, *fixed, out = self._graphs[len(labels)]
-        for buffer, new in zip((*fixed[:2], *fixed[2]), (labels, orders, *noise)): buffer.copy_(new)
+        fixed[0].copy_(labels), fixed[1].copy_(orders)
+        torch._foreach_copy_(fixed[2], list(noise))
         graph.replay()
         return out
