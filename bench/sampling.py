@@ -6,10 +6,12 @@ ceilings (matrix products and memory) are measured in the same run. Results are 
     python bench/sampling.py                                   # all sizes on a GPU, as many cells as fit into 9 minutes
     python bench/sampling.py --minutes 60 --compile            # more of them, and torch.compile as one more contestant
     python bench/sampling.py --size base --K 64 --batch 1 --profile /tmp/trace   # one cell, and a Chrome trace per contestant
-    python bench/sampling.py --device cpu --size base --K 8 --batch 1 --rounds 1 # what a CPU can do
+    python bench/sampling.py --device cpu --size base --K 8 --batch 1 --rounds 1 --patience 900 --minutes 30 # what a CPU can do
     python bench/sampling.py --device cpu --size smoke --K 4 --batch 1 2 --chain-steps 3 --out /tmp/sampling.json   # a trial, seconds
 """
 import argparse
+import copy
+import gc
 import json
 import statistics
 import time
@@ -31,7 +33,7 @@ from marval.vae import KL16, LATENT_SCALE
 
 CFG = dict(base=2.9, large=3.0, huge=3.2)          # the chain's, as MAR and the paper run it; 3 elsewhere
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
-SIZES, KS, BATCHES = ("base", "large", "huge"), (64, 256, 8, 16, 32), (1, 256, 8, 64)
+SIZES, KS, BATCHES = ("base", "large", "huge"), (64, 8, 16, 32, 256), (1, 256, 8, 64)
 
 
 def wait(device):
@@ -133,14 +135,16 @@ class Cell:
         self.low, self.decoders = None, {}
 
     def bf16(self):
-        if self.low is None: self.low = MAR(self.model.cfg).to(self.device, torch.bfloat16).eval(); self.low.load_state_dict(self.model.state_dict())
+        if self.low is None: self.low = copy.deepcopy(self.model).to(torch.bfloat16)
         return self.low
 
     def decoder(self, dtype):
         "KL-16 with random weights, 16 images at a time; None where tokens are what is asked for."
         if not self.args.decode or self.model.cfg.vae_stride == 1: return None
         if dtype not in self.decoders:
-            if dtype not in self.args.vaes: self.args.vaes[dtype] = KL16(channels=self.model.cfg.vae_embed_dim).eval().requires_grad_(False).to(self.device, dtype, memory_format=torch.channels_last)
+            if dtype not in self.args.vaes:
+                with torch.device(self.device): vae = KL16(channels=self.model.cfg.vae_embed_dim)
+                self.args.vaes[dtype] = vae.eval().requires_grad_(False).to(dtype=dtype, memory_format=torch.channels_last)
             vae = self.args.vaes[dtype]
             def decode(latents): return torch.cat([to_images(vae.decode(z.to(dtype)).float()) for z in (latents / LATENT_SCALE).split(16)])
             self.decoders[dtype] = decode
@@ -160,10 +164,12 @@ class Cell:
         kinds = [(k, p, d) for d, p in self.args.paths for k in ("one step", "chain") if k in self.args.kinds]
         for kind, path, dtype in kinds:
             name, guess = f"{kind}, {path}, {dtype}", self.expected(kind, path, dtype)
-            if 2 * guess > deadline - time.monotonic():
+            if guess > self.args.patience or 2 * guess > deadline - time.monotonic():
                 rows[name] = {"skipped": f"expected to take {guess:.0f} s a draw"}
                 continue
-            before = self._memory()
+            self.decoder(DTYPES[dtype])
+            if path == "plain" and dtype == "bf16": self.bf16()
+            before = self._memory()                                                         # the models that others share are there already
             try:
                 c = Contestant(self, kind, path, dtype)
                 first = clock(self.device, c.remember)
@@ -179,20 +185,21 @@ class Cell:
         for _ in range(rounds):
             for c, _ in entered:
                 if len(c.times) < rounds: c.times.append(clock(self.device, c.run))
-        for c, _ in entered: rows[c.name].update(self._row(c, deadline))
+        for c, _ in entered: rows[c.name].update(self._row(c, rows[c.name]["first_seconds"], deadline))
         self._distances(rows, [c for c, _ in entered])
         return rows
 
     def _memory(self):
         if self.device != "cuda": return 0
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
 
-    def _row(self, c, deadline):
+    def _row(self, c, first, deadline):
         wall, cpu = (statistics.median(t[k] for t in c.times) for k in ("seconds", "cpu_seconds"))
         ps, ceiling = self.phases(c.kind, c.path, DTYPES[c.dtype]), self.args.ceilings[c.dtype]
-        (flops, read), enough = total(ps), deadline - time.monotonic() > 10 * wall
+        (flops, read), enough = total(ps), deadline - time.monotonic() > 10 * wall + 4 * first
         return {"seconds": wall, "cpu_seconds": cpu, "rounds": len(c.times), "images_per_second": self.B / wall, "flops": flops, "weight_bytes": read,
                 "roofline_seconds": least_time(ps, ceiling["flops"], ceiling["bytes"]), "of_roofline": wall / least_time(ps, ceiling["flops"], ceiling["bytes"]),
                 "shares": c.parts(wall) if enough and self.args.parts else {}, "busy": c.busy() if enough and self.args.parts else None}
@@ -215,8 +222,9 @@ def arguments(argv=None):
     p.add_argument("--dtype", nargs="+", default=None, choices=tuple(DTYPES), help="of the fast path (default: bf16 on a GPU, fp32 on a CPU)")
     p.add_argument("--compile", action="store_true", help="also the fast path through torch.compile")
     p.add_argument("--chain-steps", type=int, default=100)
-    p.add_argument("--rounds", type=int, default=5, help="at most so many of each; fewer where time is short")
+    p.add_argument("--rounds", type=int, default=3, help="at most so many of each; fewer where time is short")
     p.add_argument("--minutes", type=float, default=9, help="stop after so many")
+    p.add_argument("--patience", type=float, default=60, help="leave out what is expected to take more seconds a draw")
     p.add_argument("--decode", action=argparse.BooleanOptionalAction, default=None, help="count the tokenizer's decoder in (default: on a GPU)")
     p.add_argument("--parts", action=argparse.BooleanOptionalAction, default=True, help="also measure the shares of backbone, head and decoder")
     p.add_argument("--threads", type=int, default=None)
@@ -240,7 +248,7 @@ def cells(args):
     "Size, K and batch, the most telling first: K = 64 for one image and for many, then other sizes, then other K."
     rank = lambda values: {v: i for i, v in enumerate(values)}
     size, K, batch = map(rank, (args.size, args.K, args.batch))
-    return sorted(product(args.size, args.K, args.batch), key=lambda c: (size[c[0]] + 2 * K[c[1]] + batch[c[2]] * (1 + (batch[c[2]] > 1)), c))
+    return sorted(product(args.size, args.K, args.batch), key=lambda c: (3 * size[c[0]] + 3 * K[c[1]] + 2 * batch[c[2]], c))
 
 
 def main(argv=None):
