@@ -15,13 +15,15 @@ import gc
 import json
 import statistics
 import time
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from marval.config import preset
-from marval.cost import least_time, phases, total
+from marval.cost import Phase, least_time, phases, total
 from marval.data import to_images
 from marval.diffusion import Schedule
 from marval.evaluate import run_provenance
@@ -70,6 +72,14 @@ def random_weights(m, device):
         for p in model.diffloss.parameters():
             if not p.any(): p.normal_(0, 0.02)
     return model.eval().requires_grad_(False)
+
+
+@lru_cache
+def decoder_cost(m):
+    "Operations an image, and weights, of KL-16's decoder; counted on tensors without numbers."
+    with torch.device("meta"): vae, z = KL16(channels=m.vae_embed_dim), torch.empty(1, m.vae_embed_dim, m.img_size // m.vae_stride, m.img_size // m.vae_stride)
+    with FlopCounterMode(display=False) as counter: vae.decode(z)
+    return counter.get_total_flops(), sum(p.numel() for p in vae.decoder.parameters())
 
 
 class Skip:
@@ -150,7 +160,10 @@ class Cell:
             self.decoders[dtype] = decode
         return self.decoders[dtype]
 
-    def phases(self, kind, path, dtype): return phases(self.model.cfg, self.K, self.B, 0 if kind == "one step" else self.args.chain_steps, kind == "chain", dtype.itemsize, path != "plain", 2 ** (24 if self.device == "cuda" else 22))
+    def phases(self, kind, path, dtype):
+        "What a draw computes and reads, the decoder with it."
+        decoded = [Phase("decode", self.B * decoder_cost(self.model.cfg)[0], -(-self.B // 16) * decoder_cost(self.model.cfg)[1] * dtype.itemsize)] if self.decoder(dtype) else []
+        return decoded + phases(self.model.cfg, self.K, self.B, 0 if kind == "one step" else self.args.chain_steps, kind == "chain", dtype.itemsize, path != "plain", 2 ** (24 if self.device == "cuda" else 22))
 
     def expected(self, kind, path, dtype):
         "A guess in seconds, to leave out what cannot be waited for: half of the ceilings, and 10 microseconds a call of the plain path."
