@@ -18,7 +18,8 @@ from .config import BadInput
 from .data import to_images
 from .diffusion import Schedule
 from .mar import load_official, load_weights, read_meta, save_official, unpatchify
-from .sampling import OneStep, TeacherChain, sample
+from .fast import FastSampler
+from .sampling import OneStep, TeacherChain
 from .train import image_grid, save_png
 
 # %% ../nbs/15_cli.ipynb #15-006
@@ -35,7 +36,7 @@ class Sampler:
             raise BadInput(f"a tokenizer with stride {vae.stride} and {vae.channels} channels; expected {m.vae_stride} and {m.vae_embed_dim}, as the weights have it")
         self.model, self.meta, self.vae, self.device = model, meta, vae, model.mask_token.device
         self.chain_steps = int(meta.get("chain_steps", 100)) if meta.get("stage") == "teacher" else 0
-        self.sched = Schedule.cosine(device=self.device)
+        self.sched, self.fast = Schedule.cosine(device=self.device), {}
 
     @torch.no_grad()
     def sample(self,
@@ -50,10 +51,16 @@ class Sampler:
         if cfg is not None and not steps: raise BadInput(f"cfg={cfg}: a one-step generator has its guidance in its weights; expected a teacher, or no cfg")
         try: labels = torch.as_tensor(labels, dtype=torch.long, device=self.device)
         except (TypeError, ValueError, RuntimeError): raise BadInput(f"labels {labels!r}: expected integers from 0 to {m.class_num}") from None
-        draw = TeacherChain(self.sched, steps, float(meta.get("temperature", 1)), float(meta.get("clip", 0))) if steps else OneStep(self.sched, float(meta.get("entry_abar", .15)))
-        tokens = sample(self.model, labels, draw, int(meta.get("K", m.seq_len)) if K is None else K, float(meta.get("cfg", 1)) if cfg is None else cfg,
-                        meta.get("cfg_schedule", "constant"), generator=torch.Generator(self.device).manual_seed(seed))
+        key = steps, int(meta.get("K", m.seq_len)) if K is None else K, float(meta.get("cfg", 1)) if cfg is None else cfg
+        if key not in self.fast: self.fast = {key: self._prepare(*key)}
+        tokens = self.fast[key].sample(labels, generator=torch.Generator(self.device).manual_seed(seed))
         return self.decode(unpatchify(tokens, m.patch_size))
+
+    def _prepare(self, steps, K, cfg):
+        "A `FastSampler`; the latest is kept."
+        meta = self.meta
+        draw = TeacherChain(self.sched, steps, float(meta.get("temperature", 1)), float(meta.get("clip", 0))) if steps else OneStep(self.sched, float(meta.get("entry_abar", .15)))
+        return FastSampler(self.model, draw, K, cfg, meta.get("cfg_schedule", "constant"))
 
     def decode(self, latents: Tensor, # [B, C, h, w]
                ) -> Tensor:           # [B, 1 or 3, H, W] images in [0, 1]

@@ -222,16 +222,23 @@ def threads(cfg: Config, # its scale decides
     finally: torch.set_num_threads(before)
 
 
+def _sampler(cfg, model, draw):
+    from marval.fast import FastSampler
+    return FastSampler(model, draw, cfg.sampling.K, cfg.sampling.cfg, cfg.sampling.cfg_schedule)
+
+
 def draw_images(cfg: Config,   # the whole configuration: K, guidance, batch, seed
                 model: MAR,    # any network
                 draw,          # its inner sampler
                 labels: Tensor, # [n] classes
                 title=None,    # name of a progress bar; None = no bar
                 decode=None,   # latents -> images in [0, 1]; None = the latents are pixels
+                sampler=None,  # a `FastSampler` made for these; None = one is made here
                 ) -> Tensor:   # [n, C, H, W] images in [0, 1]
     "Images whose orders and entry noise depend on the seed and on their place in `labels` alone, not on the model."
     from marval.data import to_images
-    from marval.sampling import draw_noise, random_orders, sample
+    from marval.sampling import draw_noise, random_orders
+    sampler = sampler or _sampler(cfg, model, draw)
     m, s, device, batches, parts = cfg.model, cfg.sampling, labels.device, labels.split(cfg.evaluate.batch), []
     with _bar(title, 0, len(batches), bool(title)) as bar:
         for i, y in enumerate(batches):
@@ -242,8 +249,7 @@ def draw_images(cfg: Config,   # the whole configuration: K, guidance, batch, se
                 later = draw_noise(len(y), m.seq_len, s.K, m.token_dim, draw.rounds - 1, generator=g, device=device)
                 noise = [torch.cat(pair) for pair in zip(noise, later)]
             with torch.inference_mode():
-                tokens = sample(model, y, draw, s.K, s.cfg, s.cfg_schedule, orders=orders, noise=noise)
-                parts.append((decode or to_images)(unpatchify(tokens, m.patch_size)))
+                parts.append((decode or to_images)(unpatchify(sampler.sample(y, orders, noise), m.patch_size)))
             bar.update()
     return torch.cat(parts)
 
@@ -274,7 +280,7 @@ def _pictures(road, labels):
     cfg, images, draws = road.cfg, {}, {}
     for name, (product, kind) in _MODELS.items():
         args = cfg, network(cfg, road.out/f"{product}.safetensors", road.device), _drawer(cfg, kind, road.device)
-        draws[name] = lambda n, args=args: draw_images(*args, labels[:1].expand(n), decode=road.decode)
+        draws[name] = lambda n, args=args, fast=_sampler(*args): draw_images(*args, labels[:1].expand(n), decode=road.decode, sampler=fast)
         with threads(cfg, 2):
             images[name] = _drawn(road.out/"state"/"evaluate"/f"{name}.safetensors", lambda: draw_images(*args, labels, f"draw {name}", road.decode)).to(road.device)
     return images, seconds_side_by_side(draws, (1, 64) if isinstance(road, Digits) else (1,), cfg.evaluate.timing_repeats)
