@@ -163,6 +163,8 @@ class EvaluateConfig:
     n: int = _of(50_000, "paper", "images per model")
     batch: int = _of(250, "ours", "images drawn at once")
     timing_repeats: int = _of(5, "ours", "timed draws per batch size; the median counts")
+    reference: str = _of("", "ours", "photographs: statistics of the real images, ADM's .npz, or a folder of them; empty = FID, KID, precision and recall are not measured")
+    inception: str = _of("", "ours", "photographs: file of Inception's weights; empty = where torch keeps downloads")
     pictures: int = _of(40, "ours", "images per model that are kept as files, named after their prompts; digits keep none")
 
 

@@ -115,7 +115,7 @@ def for_stage(r: Resources, # of the run
               ) -> Resources:
     "What one stage asks for."
     from marval.stages import SHARED
-    alone = stage not in SHARED or (stage == "teacher" and cfg.teacher.checkpoint)
+    alone = stage not in SHARED or (stage == "teacher" and cfg.teacher.checkpoint) or (stage == "evaluate" and not cfg.evaluate.reference)
     return replace(r, nodes=1, tasks_per_node=1, gpus_per_node=min(1, r.gpus_per_node)) if alone else r
 
 

@@ -149,6 +149,10 @@ def _check_files(cfg, stages, out):
     if "rl" in stages: need("reward")
     if cfg.data.names: need("names")
     if "teacher" in stages and cfg.teacher.checkpoint: need("teacher")
+    if "evaluate" in stages and (reference := cfg.evaluate.reference):
+        from marval.features import inception_file
+        if not Path(reference).exists(): raise BadInput(f"evaluate.reference {reference}: no such file or folder; expected ADM's statistics (.npz), or real images")
+        inception_file(cfg.evaluate.inception or None)
     from marval import stages as work
     if "cache" in stages: work.open_tree(cfg)
     if set(stages) - {"teacher"} or not cfg.teacher.checkpoint: work.Photographs(cfg, out).vae

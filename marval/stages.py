@@ -224,7 +224,22 @@ def threads(cfg: Config, # its scale decides
 
 def _sampler(cfg, model, draw):
     from marval.fast import FastSampler
-    return FastSampler(model, draw, cfg.sampling.K, cfg.sampling.cfg, cfg.sampling.cfg_schedule)
+    half = cfg.compute.precision == "bf16" and model.mask_token.is_cuda
+    return FastSampler(model, draw, cfg.sampling.K, cfg.sampling.cfg, cfg.sampling.cfg_schedule, dtype=torch.bfloat16 if half else None)
+
+
+def _draw_batch(cfg, sampler, labels, i, decode):
+    "Images of batch i."
+    from marval.data import to_images
+    from marval.sampling import draw_noise, random_orders
+    m, K, rounds, device = cfg.model, cfg.sampling.K, sampler.draw.rounds, labels.device
+    g = torch.Generator(device).manual_seed(step_seed(cfg.seed, "evaluate", i))
+    orders = random_orders(len(labels), m.seq_len, generator=g, device=device)
+    noise = draw_noise(len(labels), m.seq_len, K, m.token_dim, 1, generator=g, device=device)
+    if rounds > 1:
+        later = draw_noise(len(labels), m.seq_len, K, m.token_dim, rounds - 1, generator=g, device=device)
+        noise = [torch.cat(pair) for pair in zip(noise, later)]
+    with torch.inference_mode(): return (decode or to_images)(unpatchify(sampler.sample(labels, orders, noise), m.patch_size))
 
 
 def draw_images(cfg: Config,   # the whole configuration: K, guidance, batch, seed
@@ -236,20 +251,10 @@ def draw_images(cfg: Config,   # the whole configuration: K, guidance, batch, se
                 sampler=None,  # a `FastSampler` made for these; None = one is made here
                 ) -> Tensor:   # [n, C, H, W] images in [0, 1]
     "Images whose orders and entry noise depend on the seed and on their place in `labels` alone, not on the model."
-    from marval.data import to_images
-    from marval.sampling import draw_noise, random_orders
-    sampler = sampler or _sampler(cfg, model, draw)
-    m, s, device, batches, parts = cfg.model, cfg.sampling, labels.device, labels.split(cfg.evaluate.batch), []
+    sampler, batches, parts = sampler or _sampler(cfg, model, draw), labels.split(cfg.evaluate.batch), []
     with _bar(title, 0, len(batches), bool(title)) as bar:
         for i, y in enumerate(batches):
-            g = torch.Generator(device).manual_seed(step_seed(cfg.seed, "evaluate", i))
-            orders = random_orders(len(y), m.seq_len, generator=g, device=device)
-            noise = draw_noise(len(y), m.seq_len, s.K, m.token_dim, 1, generator=g, device=device)
-            if draw.rounds > 1:
-                later = draw_noise(len(y), m.seq_len, s.K, m.token_dim, draw.rounds - 1, generator=g, device=device)
-                noise = [torch.cat(pair) for pair in zip(noise, later)]
-            with torch.inference_mode():
-                parts.append((decode or to_images)(unpatchify(sampler.sample(y, orders, noise), m.patch_size)))
+            parts.append(_draw_batch(cfg, sampler, y, i, decode))
             bar.update()
     return torch.cat(parts)
 
@@ -321,7 +326,21 @@ def _evaluate_digits(road):
     write_report(road.out, used)
 
 
-def _evaluate_photographs(road):
+def _figures(road):
+    "Model -> FID and its kin, of `evaluate.n` images that all processes draw and nobody writes; nothing without a reference."
+    from marval.features import extractor
+    from marval.fidelity import measure_drawn, open_reference
+    cfg, e, out = road.cfg, road.cfg.evaluate, {}
+    if not e.reference: return {}
+    net, reference = extractor(weights=e.inception or None, device=road.device), open_reference(e.reference, cfg.model.img_size)
+    for name, (product, kind) in _MODELS.items():
+        sampler = _sampler(cfg, network(cfg, road.out/f"{product}.safetensors", road.device), _drawer(cfg, kind, road.device))
+        recipe = dict(kind=kind, weights=sha256(road.out/f"{product}.safetensors"), vae=road.digest, seed=cfg.seed, precision=cfg.compute.precision, scale=cfg.data.latent_scale, **asdict(cfg.sampling))
+        out[name] = measure_drawn(lambda i, y: _draw_batch(cfg, sampler, y.to(road.device), i, road.decode), e.n, cfg.model.class_num, reference, net, recipe, e.batch, road.out/"state"/"evaluate"/"features", name)
+    return out
+
+
+def _evaluate_photographs(road, figures):
     from marval.rewards import prompts
     from marval.train import image_grid, save_png
     m, n = road.cfg.model, road.cfg.evaluate.pictures
@@ -332,17 +351,22 @@ def _evaluate_photographs(road):
         folder = ensure_folder(road.out/"samples"/name)
         for i, (picture, text) in enumerate(zip(x, said)): save_png(folder/f"{i:04d} {text.replace('/', '-')[:120]}.png", image_grid(picture[None]))
     speedup = {b: s / times["student"][b] for b, s in times["teacher"].items()}
-    metrics = _facts(road, n, _history(road.out)[1]) | dict(prompts=said, speedup=speedup, **{name: {"seconds_per_image": t} for name, t in times.items()})
-    print("\n" + "\n".join(f"{name:<14} {1e3 * t['1']:8.1f} ms an image at batch 1, decoded" for name, t in times.items()) + f"\n{n} images a model in {road.out/'samples'}\n", flush=True)
+    metrics = _facts(road, n, _history(road.out)[1]) | dict(prompts=said, speedup=speedup, **{name: {"seconds_per_image": t} | figures.get(name, {}) for name, t in times.items()})
+    told = lambda name: "".join(f"  {k} {figures[name][k]:.3f}" for k in ("fid", "is_mean", "kid", "precision", "recall") if figures and figures[name][k] is not None)
+    print("\n" + "\n".join(f"{name:<14} {1e3 * t['1']:8.1f} ms an image at batch 1, decoded{told(name)}" for name, t in times.items()) + f"\n{n} images a model in {road.out/'samples'}"
+          + ("" if figures else "; FID and its kin need evaluate.reference") + "\n", flush=True)
     columns = min(8, n)
     _png(road, images, rows=min(2, math.ceil(n / columns)), columns=columns)
     write_json(road.out/"metrics.json", metrics)
 
 # %% ../nbs/13_stages.ipynb #13-023
 def evaluate(road) -> None:
-    "Draw every model's images, measure them, print one table, write metrics.json, samples.png and report.html. Photographs are kept as files and timed, but not measured."
-    (_evaluate_digits if isinstance(road, Digits) else _evaluate_photographs)(road)
+    "Draw every model's images, measure them, print one table, write metrics.json and samples.png; of digits report.html too, of photographs some pictures. Digits are rank 0's, photographs are drawn and measured by all."
+    if isinstance(road, Digits): on_first(_evaluate_digits, road)
+    else:
+        figures = _figures(road)
+        on_first(_evaluate_photographs, road, figures)
 
 
 BODIES = dict(cache=cache, teacher=teacher, judges=judges, distill=distill, rl=rl, evaluate=evaluate)
-SHARED = ("cache", "teacher", "distill", "rl")  # stages that all processes work on; the others are rank 0's
+SHARED = ("cache", "teacher", "distill", "rl", "evaluate")  # stages that all processes work on; the others are rank 0's

@@ -116,6 +116,28 @@ def test_public_checkpoint_and_ours(small, tmp_path):
     assert not torch.equal(load_weights(tmp_path / "d" / "teacher.safetensors").z_proj.weight, kept[0]["z_proj.weight"])
 
 
+def test_figures(small, trained, tmp_path, monkeypatch):
+    "With a reference, every model's FID and its kin stand in metrics.json; the network behind them is a small one here."
+    from marval import features
+    class Small(torch.nn.Module):
+        def forward(self, x):
+            f = x.float().mean((2, 3)) / 255
+            return f, 10 * f
+    whole = features.extractor
+    monkeypatch.setattr(features, "inception_file", lambda path: path)
+    monkeypatch.setattr(features, "extractor", lambda weights=None, device="cpu": whole(Small(), device=device))
+    shutil.copytree(trained, out := tmp_path / "run")
+    shutil.rmtree(out / "state" / "evaluate")
+    assert pipeline.guarded(settings(small, f"evaluate.reference={small / 'tree' / 'class 0'}", "evaluate.n=24", teacher=""), ("evaluate",), out)[0] == 2   # four images: too few
+    (small / "reals").mkdir()
+    for p in (small / "tree").rglob("*.png"): shutil.copy(p, small / "reals" / f"{p.parent.name} {p.name}")
+    shutil.rmtree(out / "state" / "evaluate")
+    assert pipeline.guarded(settings(small, f"evaluate.reference={small / 'reals'}", "evaluate.n=24", teacher=""), ("evaluate",), out) == (0, "")
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert all(metrics[m]["n"] == 24 and metrics[m]["fid"] > 0 and metrics[m]["warnings"] for m in MODELS)
+    assert metrics["teacher"]["fid"] != metrics["student"]["fid"]
+
+
 def test_two_ranks(small, trained, tmp_path):
     "Two processes share the cache, the teacher, distillation and RL: the cache is the same file by file, the weights up to rounding."
     from test_parallel import start
@@ -184,6 +206,8 @@ BAD = {
     "no reward": (["rl.reward_weights="], "--reward is missing"),
     "reward not there": (["rl.reward_weights=nowhere.bin"], "--reward nowhere.bin: no such file"),
     "reward of digits": (["rl.reward=classifier"], "expected pickscore or clip"),
+    "no reference": (["evaluate.reference=nowhere.npz"], "evaluate.reference nowhere.npz: no such file or folder"),
+    "no Inception": (["evaluate.reference={small}/tree", "evaluate.inception=nowhere.pth"], "nowhere.pth"),
     "no names": (["data.names=nowhere.json"], "data.names nowhere.json: no such file"),
 }
 
