@@ -269,7 +269,7 @@ def main(argv=None):
     deadline, facts = time.monotonic() + 60 * args.minutes, run_provenance() | {"threads": torch.get_num_threads(), "chain_steps": args.chain_steps, "decode": args.decode}
     args.ceilings = {d: ceilings(args.device, DTYPES[d]) for d in {d for d, _ in args.paths}}
     old = json.loads(args.out.read_text()) if args.out.exists() else {}
-    done = old.get("cells", {}) if old.get("provenance", {}).get("device") == facts["device"] else {}
+    done = old.get("cells", {}) if old.get("provenance", {}).get("device", "").split(", ")[0] == facts["device"].split(", ")[0] else {}   # on any number of threads
     print(facts["device"] + "".join(f"\n{d}: {c['flops'] / 1e12:.3g} TFLOP/s, {c['bytes'] / 1e9:.4g} GB/s" for d, c in args.ceilings.items()), flush=True)
     size, model = None, None
     for i, (name, K, B) in enumerate(cells(args)):
