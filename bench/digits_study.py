@@ -23,11 +23,10 @@ from marval.config import override, preset
 from marval.data import load_digits_data
 from marval.diffusion import Schedule
 from marval.evaluate import frechet, measure, run_provenance, seconds_per_image
-from marval.fast import FastSampler
 from marval.files import write_json
 from marval.mar import load_weights
 from marval.pipeline import run
-from marval.stages import draw_images
+from marval.stages import Plain, draw_images
 from marval.rewards import load_judges, make_reward
 from marval.sampling import OneStep, TeacherChain
 
@@ -120,13 +119,13 @@ def study(seed: int, out: Path, settings: list[str], jobs: list[tuple[float, str
 
 
 def timing(out: Path, rounds: int = 7):
-    "Seconds per image of the teacher's chains and of one step, equal K, one thread. Medians over rounds, each of which times all of them, so that a machine that changes its speed changes it for all."
+    "Seconds per image of the teacher's chains and of one step, equal K, one thread, the plain loop. Medians over rounds, each of which times all of them, so that a machine that changes its speed changes it for all."
     c, sched, weights = preset("digits"), Schedule.cosine(), load_weights(out/"seed0"/"base"/"teacher.safetensors")
     draws = {**{f"chain {n}": TeacherChain(sched, n, clip=c.sampling.clip) for n in CHAINS}, "one step": OneStep(sched, c.sampling.entry_abar)}
-    fast, taken = {name: FastSampler(weights, draw, c.sampling.K, c.sampling.cfg) for name, draw in draws.items()}, {name: {"1": [], "64": []} for name in draws}
+    plain, taken = {name: Plain(c, weights, draw) for name, draw in draws.items()}, {name: {"1": [], "64": []} for name in draws}
     for i in range(rounds):
         for name, draw in draws.items():
-            seconds = seconds_per_image(lambda n: draw_images(c, weights, draw, torch.arange(n) % 10, sampler=fast[name]), (1, 64), 1 if draw.rounds > 30 else 5)
+            seconds = seconds_per_image(lambda n: draw_images(c, weights, draw, torch.arange(n) % 10, sampler=plain[name]), (1, 64), 1 if draw.rounds > 30 else 5)
             for batch, value in seconds.items(): taken[name][batch].append(value)
         print(f"round {i + 1} of {rounds}: " + ", ".join(f"batch {b} {taken['chain 100'][b][-1] / taken['one step'][b][-1]:.1f}x" for b in ("1", "64")), flush=True)
     provenance = run_provenance() | {"threads": torch.get_num_threads(), "K": c.sampling.K, "cfg": c.sampling.cfg, "dtype": "float32", "rounds": rounds}

@@ -40,8 +40,9 @@ def _rows(metrics):
 def results_table(metrics: dict,  # what metrics.json holds
                   ) -> str:       # aligned columns, and the speed-up in words
     "The result of a run, for the terminal."
-    speed = ", ".join(f"{v:.3g}x at batch {b}" for b, v in metrics["speedup"].items())
-    return show(_rows(metrics)) + f"\n\none step against the teacher's {metrics['chain_steps']}, both with K = {metrics['K']}: {speed}"
+    said = lambda key: ", ".join(f"{v:.3g}x at batch {b}" for b, v in metrics[key].items())
+    fast = f"; both by the prepared loop: {said('speedup_fast')}" if "speedup_fast" in metrics else ""
+    return show(_rows(metrics)) + f"\n\none step against the teacher's {metrics['chain_steps']}, both with K = {metrics['K']}, times of the plain loop: {said('speedup')}{fast}"
 
 # %% ../nbs/13_report.ipynb #13-008
 def _png(draw, width, height, dpi=110):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BODIES', 'SHARED', 'Digits', 'Photographs', 'road', 'judges', 'open_tree', 'cache', 'network', 'read_teacher',
-           'teacher', 'distill', 'rl', 'threads', 'draw_images', 'evaluate']
+           'teacher', 'distill', 'rl', 'threads', 'Plain', 'draw_images', 'evaluate']
 
 # %% ../nbs/13_stages.ipynb #13-003
 import math
@@ -242,13 +242,25 @@ def _draw_batch(cfg, sampler, labels, i, decode):
     with torch.inference_mode(): return (decode or to_images)(unpatchify(sampler.sample(labels, orders, noise), m.patch_size))
 
 
+class Plain:
+    "The loop of [sampling](03_sampling.ipynb) as it is written there, behind the signature of `FastSampler`: what the prepared one is timed against."
+    def __init__(self, cfg: Config, # K, guidance
+                 model: MAR,        # any network
+                 draw,              # its inner sampler
+                 ): self.cfg, self.model, self.draw = cfg.sampling, model, draw
+
+    def sample(self, labels, orders, noise):
+        from marval.sampling import sample
+        return sample(self.model, labels, self.draw, self.cfg.K, self.cfg.cfg, self.cfg.cfg_schedule, orders=orders, noise=noise)
+
+
 def draw_images(cfg: Config,   # the whole configuration: K, guidance, batch, seed
                 model: MAR,    # any network
                 draw,          # its inner sampler
                 labels: Tensor, # [n] classes
                 title=None,    # name of a progress bar; None = no bar
                 decode=None,   # latents -> images in [0, 1]; None = the latents are pixels
-                sampler=None,  # a `FastSampler` made for these; None = one is made here
+                sampler=None,  # a `FastSampler` or `Plain` made for these; None = the former is made here
                 ) -> Tensor:   # [n, C, H, W] images in [0, 1]
     "Images whose orders and entry noise depend on the seed and on their place in `labels` alone, not on the model."
     sampler, batches, parts = sampler or _sampler(cfg, model, draw), labels.split(cfg.evaluate.batch), []
@@ -280,15 +292,16 @@ def _drawn(path, make):
 
 
 def _pictures(road, labels):
-    "Model -> images, and model -> batch size -> seconds an image."
+    "Model -> images, and model -> batch size -> seconds an image, by the plain loop and by the prepared one."
     from marval.evaluate import seconds_side_by_side
     cfg, images, draws = road.cfg, {}, {}
     for name, (product, kind) in _MODELS.items():
         args = cfg, network(cfg, road.out/f"{product}.safetensors", road.device), _drawer(cfg, kind, road.device)
-        draws[name] = lambda n, args=args, fast=_sampler(*args): draw_images(*args, labels[:1].expand(n), decode=road.decode, sampler=fast)
+        for way in (Plain, _sampler): draws[name, way] = lambda n, args=args, sampler=way(*args): draw_images(*args, labels[:1].expand(n), decode=road.decode, sampler=sampler)
         with threads(cfg, 2):
             images[name] = _drawn(road.out/"state"/"evaluate"/f"{name}.safetensors", lambda: draw_images(*args, labels, f"draw {name}", road.decode)).to(road.device)
-    return images, seconds_side_by_side(draws, (1, 64) if isinstance(road, Digits) else (1,), cfg.evaluate.timing_repeats)
+    times = seconds_side_by_side(draws, (1, 64) if isinstance(road, Digits) else (1,), cfg.evaluate.timing_repeats)
+    return images, {name: dict(seconds_per_image=times[name, Plain], seconds_per_image_fast=times[name, _sampler]) for name in images}
 
 
 def _history(out):
@@ -317,7 +330,7 @@ def _evaluate_digits(road):
     from marval.report import results_table, write_report
     (real, real_labels), labels = road.images, torch.arange(road.cfg.evaluate.n, device=road.device) % road.cfg.model.class_num
     images, times = _pictures(road, labels)
-    results = {name: measure(x, labels, road.judges, real, real_labels) | {"seconds_per_image": times[name]} for name, x in images.items()}
+    results = {name: measure(x, labels, road.judges, real, real_labels) | times[name] for name, x in images.items()}
     used, seconds = _history(road.out)
     metrics = summarise(_facts(road, len(labels), seconds), results, noise_floor(road.judges, real, real_labels))
     print("\n" + results_table(metrics) + "\n", flush=True)
@@ -350,10 +363,10 @@ def _evaluate_photographs(road, figures):
     for name, x in images.items():
         folder = ensure_folder(road.out/"samples"/name)
         for i, (picture, text) in enumerate(zip(x, said)): save_png(folder/f"{i:04d} {text.replace('/', '-')[:120]}.png", image_grid(picture[None]))
-    speedup = {b: s / times["student"][b] for b, s in times["teacher"].items()}
-    metrics = _facts(road, n, _history(road.out)[1]) | dict(prompts=said, speedup=speedup, **{name: {"seconds_per_image": t} | figures.get(name, {}) for name, t in times.items()})
+    speedup = {f"speedup{way}": {b: s / times["student"][f"seconds_per_image{way}"][b] for b, s in times["teacher"][f"seconds_per_image{way}"].items()} for way in ("", "_fast")}
+    metrics = _facts(road, n, _history(road.out)[1]) | dict(prompts=said, **speedup, **{name: t | figures.get(name, {}) for name, t in times.items()})
     told = lambda name: "".join(f"  {k} {figures[name][k]:.3f}" for k in ("fid", "is_mean", "kid", "precision", "recall") if figures and figures[name][k] is not None)
-    print("\n" + "\n".join(f"{name:<14} {1e3 * t['1']:8.1f} ms an image at batch 1, decoded{told(name)}" for name, t in times.items()) + f"\n{n} images a model in {road.out/'samples'}"
+    print("\n" + "\n".join(f"{name:<14} {1e3 * t['seconds_per_image_fast']['1']:8.1f} ms an image at batch 1, decoded ({1e3 * t['seconds_per_image']['1']:.1f} by the plain loop){told(name)}" for name, t in times.items()) + f"\n{n} images a model in {road.out/'samples'}"
           + ("" if figures else "; FID and its kin need evaluate.reference") + "\n", flush=True)
     columns = min(8, n)
     _png(road, images, rows=min(2, math.ceil(n / columns)), columns=columns)
