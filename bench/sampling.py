@@ -110,7 +110,7 @@ class Contestant:
             return self.decode(unpatchify(tokens, self.model.cfg.patch_size)) if self.decode else tokens
 
     def sampler(self, decode, headless=False):
-        fast = FastSampler(self.model, self.draw, self.cell.K, self.cfg, dtype=DTYPES[self.dtype], decode=decode, compile="compile" in self.path)
+        fast = FastSampler(self.model, self.draw, self.cell.K, self.cfg, dtype=DTYPES[self.dtype], decode=decode, compile="compile" in self.path, graph=torch.device(self.cell.device).type == "cuda")
         if headless: fast.head = Skip(fast.head)
         return lambda: fast.sample(self.cell.labels, self.cell.orders, self.noise)
 

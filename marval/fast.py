@@ -137,13 +137,13 @@ class FastSampler:
                  dtype: torch.dtype = None,       # of weights and activations: float32, bfloat16 or float64; None = the model's
                  decode=None,                     # latents [B, C, h, w] -> images, part of the graph; None = `sample` returns tokens
                  compile: bool = False,           # torch.compile for blocks and head
-                 graph: bool = None):             # capture CUDA graphs; None = where there is a GPU
+                 graph: bool = None):             # capture CUDA graphs; None = on a GPU, for one step: a chain of 100 makes a graph of some 300,000 kernels
         "Raises `BadInput` on a bad K, cfg or schedule, on another type, and on a drawer that it doesn't know."
         m, self.device, self.model, self.draw, self.K, self.decode = model.cfg, model.mask_token.device, model, draw, K, decode
         if not isinstance(draw, (OneStep, TeacherChain)): raise BadInput(f"draw of type {type(draw).__name__}: expected OneStep or TeacherChain")
         self.dtype = dtype = dtype or model.mask_token.dtype
         if dtype not in (torch.float32, torch.bfloat16, torch.float64): raise BadInput(f"dtype {dtype}: expected float32, bfloat16 or float64")
-        self.cfg, self.counts, self.graph = m, reveal_counts(m.seq_len, K), self.device.type == "cuda" if graph is None else graph
+        self.cfg, self.counts, self.graph = m, reveal_counts(m.seq_len, K), self.device.type == "cuda" and isinstance(draw, OneStep) if graph is None else graph
         self.state, self.null = torch.float64 if dtype == torch.float64 else torch.float32, draw.needs_null(cfg)
         cfgs = [cfg_at(cfg, cfg_schedule, m.seq_len, sum(self.counts[:k + 1])) for k in range(K)]
         self.w = [torch.tensor([c] * m.token_dim + [1.] * m.token_dim, dtype=self.state, device=self.device) if self.null else None for c in cfgs]

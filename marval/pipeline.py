@@ -137,7 +137,7 @@ def _check_files(cfg, stages, out):
         return
     if "rl" in stages and reward == "classifier": raise BadInput("rl.reward=classifier: a reward on digits; expected pickscore or clip at this scale")
     options = dict(data=("--data", "data.path", "a folder of images, ROOT/CLASS/IMAGE"), vae=("--vae", "data.vae", "the tokenizer's weights, kl16.ckpt"),
-                   reward=("--reward", "rl.reward_weights", f"the weights of {reward}"), names=("", "data.names", "a JSON file {class folder: name}"),
+                   names=("", "data.names", "a JSON file {class folder: name}"),
                    teacher=("--teacher", "teacher.checkpoint", "a teacher's weights"))
     def need(key, exists=Path.is_file):
         option, name, what = options[key]
@@ -146,7 +146,9 @@ def _check_files(cfg, stages, out):
         if not exists(Path(path)): raise BadInput(f"{(option or name)} {path}: no such {'folder' if exists == Path.is_dir else 'file'}; expected {what}")
     if "cache" in stages: need("data", Path.is_dir)
     if set(stages) - {"teacher"} or not cfg.teacher.checkpoint: need("vae")
-    if "rl" in stages: need("reward")
+    if "rl" in stages:
+        from marval.text_rewards import reward_file
+        if not Path(path := reward_file(cfg)).is_file(): raise BadInput(f"--reward {path}: no such file; expected the weights of {reward}")
     if cfg.data.names: need("names")
     if "teacher" in stages and cfg.teacher.checkpoint: need("teacher")
     if "evaluate" in stages and (reference := cfg.evaluate.reference):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Architecture', 'architecture', 'build_towers', 'prepare', 'hf_names', 'load_towers', 'prompt_names', 'prompt_tokens',
-           'TextReward', 'make_text_reward']
+           'TextReward', 'reward_file', 'make_text_reward']
 
 # %% ../nbs/09b_text_rewards.ipynb #09-003
 import hashlib
@@ -207,6 +207,17 @@ class TextReward(nn.Module):
         return self.scale * (self.features(images) * self.text[labels]).sum(-1)
 
 
+def reward_file(cfg: Config,  # `rl.reward` and `rl.reward_weights`
+                ) -> str:     # path of the weights
+    "`rl.reward_weights`; where that is empty, PickScore's file in Hugging Face's cache, if it is there: nothing is fetched. Raises `BadInput` where there is neither."
+    r, fetch = cfg.rl, "hf download yuvalkirstain/PickScore_v1 model.safetensors"
+    if r.reward_weights: return r.reward_weights
+    if r.reward == "pickscore":
+        from huggingface_hub import try_to_load_from_cache
+        if isinstance(found := try_to_load_from_cache(*fetch.split()[2:]), str): return found
+    raise BadInput(f"--reward is missing: scale {cfg.scale} needs the weights of {r.reward} (rl.reward_weights); expected their file" + (f", or, once fetched by `{fetch}`, nothing" if r.reward == "pickscore" else ""))
+
+
 @torch.no_grad()
 def make_text_reward(cfg: Config,                       # `rl.reward`, `reward_model`, `reward_weights`, `prompt`, `recompute`; `compute.precision` is the image tower's
                      names,                             # name of each class, see `prompt_names`
@@ -215,11 +226,11 @@ def make_text_reward(cfg: Config,                       # `rl.reward`, `reward_m
     "PickScore or CLIP from a file, with the prompts of all classes encoded (in fp32, 64 at a time). Raises `BadInput` as its parts do, before the weights are read where that is possible."
     r = cfg.rl
     if r.reward not in ("pickscore", "clip"): raise BadInput(f"rl.reward={r.reward}: expected pickscore or clip, the rewards from two towers")
-    if not r.reward_weights: raise BadInput(f"rl.reward_weights is empty; expected {_WANT}")
+    path = reward_file(cfg)
     if len(names) != cfg.model.class_num: raise BadInput(f"{len(names)} names of classes; expected model.class_num = {cfg.model.class_num}")
     arch = architecture(r.reward_model)
     tokens = prompt_tokens(arch, prompts(r.prompt, names, range(len(names))))
-    clip = load_towers(arch, r.reward_weights, device)
+    clip = load_towers(arch, path, device)
     text = torch.cat([clip.encode_text(part.to(device)) for part in tokens.split(64)])
     scale = clip.logit_scale.exp().item() if r.reward == "pickscore" else 100.0
     return TextReward(arch, clip.visual.to(torch.bfloat16 if cfg.compute.precision == "bf16" else torch.float32), text, scale, checkpoint=r.recompute == "steps")

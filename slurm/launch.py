@@ -2,7 +2,7 @@
 """Start a run, here or on Slurm, and look after it.
 
   python slurm/launch.py --scale digits                       the whole road on real digits, in minutes, on this machine
-  python slurm/launch.py --scale huge --data IMAGENET --teacher huge.pth --vae kl16.ckpt --reward pickscore.safetensors --out RUN
+  python slurm/launch.py --scale huge --data IMAGENET --teacher huge.pth --vae kl16.ckpt --out RUN
                                                               ImageNet on 8 GPUs: one Slurm job per stage, each after the one before
   python slurm/launch.py --scale huge --dry-run               plan, memory, days, and the scripts for sbatch; nothing is started or written
   python slurm/launch.py ... --nodes 4 --partition a100 --account me --time 1-00:00:00 --setup "module load cuda" --sbatch exclusive mail-user=me@home
@@ -57,7 +57,7 @@ def arguments(argv):
     g.add_argument("--data", metavar="DIR", help="images, DIR/CLASS/IMAGE")
     g.add_argument("--vae", metavar="FILE", help="weights of the tokenizer, MAR's kl16.ckpt")
     g.add_argument("--teacher", metavar="FILE", help="a trained teacher, MAR's public checkpoint or ours; without it, one is trained")
-    g.add_argument("--reward", metavar="FILE", help="weights of the reward's towers, PickScore's or a CLIP's")
+    g.add_argument("--reward", metavar="FILE", help="weights of the reward's towers, PickScore's or a CLIP's (default: PickScore from Hugging Face's cache)")
     g.add_argument("--names", metavar="FILE", help="JSON {class folder: name}, for prompts (default: ImageNet's names)")
     g = p.add_argument_group("what each job asks for")
     g.add_argument("--nodes", type=int, metavar="N", help="machines (default: 1)")

@@ -120,7 +120,7 @@ def test_graph(net, case):
     sched = Schedule.cosine(device="cuda")
     draw = OneStep(sched) if isinstance(draw, OneStep) else TeacherChain(sched, 20, draw.temperature, draw.clip)
     there = random_mar(net.cfg).cuda()
-    fast, low = FastSampler(there, draw, 5, cfg, schedule), FastSampler(there, draw, 5, cfg, schedule, dtype=torch.bfloat16)
+    fast, low = FastSampler(there, draw, 5, cfg, schedule, graph=True), FastSampler(there, draw, 5, cfg, schedule, dtype=torch.bfloat16, graph=True)
     for B in (3, 1, 3, 2, 3):
         labels, orders, noise = given(net.cfg, B, 5, draw, "cuda")
         noise = [z + 0.1 * B for z in noise]
