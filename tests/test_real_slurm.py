@@ -81,7 +81,7 @@ class Cluster:
 
     def state(self, job): return self.tool("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T")
 
-    def wait(self, condition, what, timeout=120):
+    def wait(self, condition, what, timeout=300):
         end = time.monotonic() + timeout
         while not condition():
             assert time.monotonic() < end, f"waited {timeout} s in vain for {what}\n{self.tool('squeue', '--states=all')}"
@@ -89,7 +89,7 @@ class Cluster:
 
     def back_in_the_queue(self, job):
         "Wait until Slurm has taken a job back; then let it start at once, not in two minutes."
-        self.wait(lambda: self.state(job) == "PENDING", f"job {job} to be queued again", 60)
+        self.wait(lambda: self.state(job) == "PENDING", f"job {job} to be queued again", 180)
         self.tool("scontrol", "update", f"JobId={job}", "StartTime=now")
 
 
@@ -207,15 +207,15 @@ def test_looked_after(cluster, tmp_path):
     again = cluster.launch(*argv)
     assert again.returncode == 2 and again.stderr.count("\n") == 1 and (job["teacher"] in again.stderr or "in use" in again.stderr)
     cluster.tool("scontrol", "update", f"JobId={job['teacher']}", "TimeLimit=1")        # time is up: Slurm sends USR2 by itself
-    cluster.wait(lambda: cluster.state(job["teacher"]) == "PENDING", "the job to be queued again", 90)
+    cluster.wait(lambda: cluster.state(job["teacher"]) == "PENDING", "the job to be queued again", 180)
     reached = step(out, "teacher")
     assert reached > 0                                                  # no checkpoint was due: it saved itself when it was told to go
     cluster.tool("scontrol", "update", f"JobId={job['teacher']}", "TimeLimit=60", "StartTime=now")
     cluster.wait(lambda: f'"step": {(reached // 10 + 2) * 10},' in log.read_text(), "the teacher to go on")
     gone = cluster.launch("cancel", out)
     assert gone.returncode == 0 and gone.stdout.count("is taken back") == 5, gone.stderr
-    cluster.wait(lambda: all(cluster.state(j) == "CANCELLED" for j in job.values()), "the jobs to end", 30)
-    cluster.wait(lambda: not mine(cluster.conf, SLURM_JOB_ID=job["teacher"]), "the processes to end", 30)
+    cluster.wait(lambda: all(cluster.state(j) == "CANCELLED" for j in job.values()), "the jobs to end", 120)
+    cluster.wait(lambda: not mine(cluster.conf, SLURM_JOB_ID=job["teacher"]), "the processes to end", 120)
     assert "nothing to cancel" in cluster.launch("cancel", out).stdout
     assert step(out, "teacher") > reached and not list(out.rglob("*.tmp*"))             # TERM was enough to save
 
@@ -227,9 +227,9 @@ def test_failing_rank_ends_the_job(cluster, tmp_path):
     cluster.wait(lambda: step(out, "teacher"), "a checkpoint")
     [victim] = [pid for pid in mine(cluster.conf, SLURM_JOB_ID=job["teacher"], SLURM_PROCID="1") if b"submitit.core._submit" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     os.kill(victim, signal.SIGKILL)
-    cluster.wait(lambda: cluster.state(job["teacher"]) == "FAILED", "the job to fail", 30)
-    cluster.wait(lambda: all(cluster.state(j) == "CANCELLED" for s, j in job.items() if s != "teacher"), "the others to be dropped", 30)
-    cluster.wait(lambda: not mine(cluster.conf, SLURM_JOB_ID=job["teacher"]), "the processes to end", 30)
+    cluster.wait(lambda: cluster.state(job["teacher"]) == "FAILED", "the job to fail", 120)
+    cluster.wait(lambda: all(cluster.state(j) == "CANCELLED" for s, j in job.items() if s != "teacher"), "the others to be dropped", 120)
+    cluster.wait(lambda: not mine(cluster.conf, SLURM_JOB_ID=job["teacher"]), "the processes to end", 120)
     assert "failed" in cluster.launch("status", out).stdout
 
 
