@@ -293,4 +293,7 @@ def main(argv=None) -> int:
         return 130
 
 
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__":
+    status = main()
+    for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP): signal.signal(s, signal.SIG_IGN)   # one that comes while Python shuts down must not replace the status
+    sys.exit(status)
