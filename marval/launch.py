@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from . import pipeline
-from .config import BadInput, Config, from_dict
+from .config import ON_CPU, BadInput, Config, from_dict
 from .files import read_json, write_json
 
 # %% ../nbs/16_launch.ipynb #16-006
@@ -102,9 +102,9 @@ def resources(scale: str,   # decides the defaults
     for k in ("partition", "account", "qos", "constraint"):
         if k in own and not re.fullmatch(r"\S+", own[k]): raise BadInput(f"{_option(k)} {own[k]!r}: expected a name that Slurm knows")
     parse = dict(time=minutes, mem=memory, setup=tuple, sbatch=lambda words: tuple(_sbatch(w) for w in words))
-    r = replace(SMALL if scale in ("smoke", "digits", "tiny") else BIG, given=tuple(own), **{k: parse.get(k, lambda x: x)(v) for k, v in own.items()})
+    r = replace(SMALL if scale in ON_CPU else BIG, given=tuple(own), **{k: parse.get(k, lambda x: x)(v) for k, v in own.items()})
     if "tasks_per_node" not in own: r = replace(r, tasks_per_node=max(1, r.gpus_per_node))
-    if r.gpus and scale in ("smoke", "digits", "tiny"): raise BadInput(f"--gpus-per-node {r.gpus_per_node}: scale {scale} runs on the CPU; expected 0")
+    if r.gpus and scale in ON_CPU: raise BadInput(f"--gpus-per-node {r.gpus_per_node}: scale {scale} runs on the CPU; expected 0")
     if r.gpus_per_node not in (0, r.tasks_per_node): raise BadInput(f"--tasks-per-node {r.tasks_per_node} with {r.gpus_per_node} GPUs a node: expected one process for each GPU")
     return r
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, is_dataclass
 from operator import attrgetter
 from pathlib import Path
 
-from .config import BadInput, Config
+from .config import ON_CPU, BadInput, Config
 from .files import ensure_folder, read_json, sha256, write_json
 
 # %% ../nbs/14_pipeline.ipynb #14-006
@@ -129,6 +129,12 @@ def check(cfg: Config,             # the whole configuration
     return found
 
 
+def _need(name, path, what, exists=Path.is_file):
+    "A file, or a folder, that has to be there."
+    if not path: raise BadInput(f"{name} is missing: {what}")
+    if not exists(Path(path)): raise BadInput(f"{name} {path}: no such {'folder' if exists == Path.is_dir else 'file'}; {what}")
+
+
 def _check_files(cfg, stages, out):
     "Do the files that these stages read from elsewhere exist, and are they what they should be?"
     reward = cfg.rl.reward
@@ -136,28 +142,21 @@ def _check_files(cfg, stages, out):
         if "rl" in stages and reward == "pickscore": raise BadInput("rl.reward=pickscore: a reward on photographs; expected classifier or clip at this scale")
         return
     if "rl" in stages and reward == "classifier": raise BadInput("rl.reward=classifier: a reward on digits; expected pickscore or clip at this scale")
-    options = dict(data=("--data", "data.path", "a folder of images, ROOT/CLASS/IMAGE"), vae=("--vae", "data.vae", "the tokenizer's weights, kl16.ckpt"),
-                   names=("", "data.names", "a JSON file {class folder: name}"),
-                   teacher=("--teacher", "teacher.checkpoint", "a teacher's weights"))
-    def need(key, exists=Path.is_file):
-        option, name, what = options[key]
-        path = attrgetter(name)(cfg)
-        if not path: raise BadInput(f"{option} is missing: scale {cfg.scale} needs {what}")
-        if not exists(Path(path)): raise BadInput(f"{(option or name)} {path}: no such {'folder' if exists == Path.is_dir else 'file'}; expected {what}")
-    if "cache" in stages: need("data", Path.is_dir)
-    if set(stages) - {"teacher"} or not cfg.teacher.checkpoint: need("vae")
+    latents = set(stages) - {"teacher"} or not cfg.teacher.checkpoint        # a teacher from a file needs no images
+    if "cache" in stages: _need("--data", cfg.data.path, f"scale {cfg.scale} needs a folder of images, ROOT/CLASS/IMAGE", Path.is_dir)
+    if latents: _need("--vae", cfg.data.vae, f"scale {cfg.scale} needs the tokenizer's weights, kl16.ckpt")
     if "rl" in stages:
         from marval.text_rewards import reward_file
-        if not Path(path := reward_file(cfg)).is_file(): raise BadInput(f"--reward {path}: no such file; expected the weights of {reward}")
-    if cfg.data.names: need("names")
-    if "teacher" in stages and cfg.teacher.checkpoint: need("teacher")
-    if "evaluate" in stages and (reference := cfg.evaluate.reference):
+        _need("--reward", reward_file(cfg), f"expected the weights of {reward}")
+    if cfg.data.names: _need("--names", cfg.data.names, "expected a JSON file {class folder: name}")
+    if "teacher" in stages and cfg.teacher.checkpoint: _need("--teacher", cfg.teacher.checkpoint, "expected a teacher's weights")
+    if "evaluate" in stages and cfg.evaluate.reference:
         from marval.features import inception_file
-        if not Path(reference).exists(): raise BadInput(f"evaluate.reference {reference}: no such file or folder; expected ADM's statistics (.npz), or real images")
+        _need("evaluate.reference", cfg.evaluate.reference, "expected ADM's statistics (.npz), or a folder of real images", Path.exists)
         inception_file(cfg.evaluate.inception or None)
     from marval import stages as work
     if "cache" in stages: work.open_tree(cfg)
-    if set(stages) - {"teacher"} or not cfg.teacher.checkpoint: work.Photographs(cfg, out).vae
+    if latents: work.Photographs(cfg, out).vae
     if "teacher" in stages and cfg.teacher.checkpoint: work.read_teacher(cfg)
     if (out/"cache"/"manifest.json").exists() and set(stages) - {"teacher", "cache"}: work.Photographs(cfg, out).names
 
@@ -212,7 +211,7 @@ def run(cfg: Config,             # the whole configuration
     import torch
     from marval.parallel import group, on_first, rank
     from marval.stages import BODIES, SHARED, road, threads
-    device = device or ("cuda" if torch.cuda.is_available() and cfg.scale not in ("smoke", "digits", "tiny") else "cpu")
+    device = device or ("cuda" if torch.cuda.is_available() and cfg.scale not in ON_CPU else "cpu")
     out, did, nodes = Path(out), {}, graph(cfg)
     with group(device, timeout_min=600) as device, threads(cfg, 1):   # a cache takes hours, and rank 0 may be the last to finish it
         on_first(check, cfg, stages, out)

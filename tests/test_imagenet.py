@@ -206,9 +206,9 @@ BAD = {
     "no reward": (["rl.reward_weights="], "--reward is missing"),
     "reward not there": (["rl.reward_weights=nowhere.bin"], "--reward nowhere.bin: no such file"),
     "reward of digits": (["rl.reward=classifier"], "expected pickscore or clip"),
-    "no reference": (["evaluate.reference=nowhere.npz"], "evaluate.reference nowhere.npz: no such file or folder"),
+    "no reference": (["evaluate.reference=nowhere.npz"], "evaluate.reference nowhere.npz: no such file"),
     "no Inception": (["evaluate.reference={small}/tree", "evaluate.inception=nowhere.pth"], "nowhere.pth"),
-    "no names": (["data.names=nowhere.json"], "data.names nowhere.json: no such file"),
+    "no names": (["data.names=nowhere.json"], "--names nowhere.json: no such file"),
 }
 
 
