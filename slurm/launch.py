@@ -28,7 +28,7 @@ import sys
 import time
 from pathlib import Path
 
-from marval import launch, pipeline
+from marval import book, launch, pipeline
 from marval.config import SCALES, BadInput, override, preset
 from marval.files import ensure_folder
 
@@ -86,10 +86,10 @@ def pick_cluster(wish: str, dry_run: bool) -> str:
     "`slurm` or `local`."
     if wish not in ("auto", "slurm", "local"): raise BadInput(f"--cluster {wish!r}: expected auto, slurm or local")
     if wish == "local" or dry_run and wish == "slurm": return wish
-    if wish == "auto" and not launch.slurm_answers(): return "local"
+    if wish == "auto" and not book.slurm_answers(): return "local"
     missing = [tool for tool in ("sbatch", "srun") if not shutil.which(tool)]
     if missing: raise BadInput(f"--cluster slurm: no {missing[0]} on PATH; expected a Slurm login node, or --cluster local")
-    if wish == "slurm" and not launch.slurm_answers(): raise BadInput("--cluster slurm: sbatch is here, but no Slurm controller answers (sinfo fails); expected a Slurm login node, or --cluster local")
+    if wish == "slurm" and not book.slurm_answers(): raise BadInput("--cluster slurm: sbatch is here, but no Slurm controller answers (sinfo fails); expected a Slurm login node, or --cluster local")
     return "slurm"
 
 
@@ -147,7 +147,7 @@ def submit_local(cfg, stages, out, r):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try: job = executor.submit(launch.Job(cfg, stages, out, r.gpus_per_node, launcher=os.getpid()))
     finally: signal.signal(signal.SIGINT, before)
-    launch.note(out, cfg, "local", job.job_id, stages, folder)
+    book.note(out, cfg, "local", job.job_id, stages, folder)
     return job
 
 
@@ -181,7 +181,7 @@ def local(cfg, stages, out, r, again: str) -> int:
 def slurm(cfg, stages, out, r) -> int:
     "Submit one job per unfinished stage, each to start when the one before has succeeded."
     import submitit
-    if queued := launch.book(out).exists() and launch.live(launch.noted(out)[1]):
+    if queued := book.book_file(out).exists() and book.live(book.noted(out)[1]):
         raise BadInput(f"{out} has jobs in the queue: {', '.join(j['job'] + ' ' + ' '.join(j['stages']) for j in queued)}; wait for them, or take them back: python slurm/launch.py cancel {out}")
     folder, jobs = ensure_folder(logs_folder(out)), []
     launch.forget_environment(r)
@@ -193,7 +193,7 @@ def slurm(cfg, stages, out, r) -> int:
         except submitit.core.utils.FailedJobError as e:
             for job in jobs: job.cancel(check=False)
             raise BadInput(f"sbatch refused the job of stage {stage}: {str(e).strip().splitlines()[-1]}") from None
-        launch.note(out, cfg, "slurm", jobs[-1].job_id, (stage,), folder)
+        book.note(out, cfg, "slurm", jobs[-1].job_id, (stage,), folder)
         print(f"{stage:<9} job {jobs[-1].job_id}  log: {jobs[-1].task(0).paths.stdout}")
     print(f"python slurm/launch.py status {shlex.quote(str(out))} shows how far they are, and so do logs and cancel; once they have ended, the same command again submits what is left")
     return 0
@@ -231,10 +231,10 @@ def look_after(argv) -> int:
     out = Path(args.run)
     if argv[0] == "status":
         from marval.report import show
-        print(show(launch.status(out)))
-        if pid := launch.holder(out): print(f"process {pid} of this machine works in {out}")
+        print(show(book.status(out)))
+        if pid := book.holder(out): print(f"process {pid} of this machine works in {out}")
     elif argv[0] == "cancel":
-        for job in (gone := launch.cancel(out)): print(f"job {job['job']} ({', '.join(job['stages'])}) is taken back")
+        for job in (gone := book.cancel(out)): print(f"job {job['job']} ({', '.join(job['stages'])}) is taken back")
         if not gone: print(f"no job of {out} waits or runs; nothing to cancel")
     else: logs(out, args)
     return 0
@@ -243,10 +243,10 @@ def look_after(argv) -> int:
 def logs(out, args):
     "The end of a job's output, and what follows."
     if not 0 < args.lines <= 100_000: raise BadInput(f"--lines {args.lines}: expected 1 to 100000")
-    job, files = launch.log_files(out, args.stage)
+    job, files = book.log_files(out, args.stage)
     tails = [Tail(f, sys.stdout, f.stat().st_size if f.exists() else 0) for f in files]
-    for f in (f for f in files if f.exists()): print(f"==> {f} <==\n{launch.last_lines(f, args.lines)}", flush=True)
-    running = lambda: bool(launch.live([job])) if job["cluster"] == "slurm" else bool(launch.holder(out))
+    for f in (f for f in files if f.exists()): print(f"==> {f} <==\n{book.last_lines(f, args.lines)}", flush=True)
+    running = lambda: bool(book.live([job])) if job["cluster"] == "slurm" else bool(book.holder(out))
     with contextlib.suppress(KeyboardInterrupt):
         while args.follow and running():
             end = time.monotonic() + 5                  # the controller is asked every five seconds, the files ten times as often
