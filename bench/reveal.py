@@ -5,6 +5,7 @@ drawn once. `best` is the schedule with the least cost in theory (`sampling.best
 
     python bench/reveal.py                                                              # all: student some 10 minutes of one core, teacher some 2 hours
     python bench/reveal.py --models student --K 8 --schedules cosine --seeds 12         # more seeds of one cell: how much FD scatters
+    python bench/reveal.py --models teacher --chain-steps 25                            # the teacher at a quarter of the time
     python bench/reveal.py --timing                                                     # processor time per image against K, instead
     python bench/reveal.py --run /tmp/smoke --out /tmp/try.json --n 60 --K 2 4 --seeds 1   # a trial, on a run of scale smoke
 """
@@ -44,12 +45,12 @@ def digits_curve(m) -> torch.Tensor:
 
 class Model:
     "Teacher or student of a run folder, with its way of drawing a token."
-    def __init__(self, run: Path, name: str):
+    def __init__(self, run: Path, name: str, chain: int | None):
         self.path = run/f"{name}.safetensors"
         self.net, meta, sched = load_weights(self.path), read_meta(self.path), Schedule.cosine()
-        chain = name == "teacher"
-        self.draw = TeacherChain(sched, int(meta["chain_steps"]), float(meta["temperature"]), float(meta["clip"])) if chain else OneStep(sched, float(meta["entry_abar"]))
-        self.cfg, self.cfg_schedule, self.about = float(meta["cfg"]), meta["cfg_schedule"], dict(sha256=sha256(self.path), chain_steps=int(meta["chain_steps"]) if chain else 0, cfg=float(meta["cfg"]))
+        chain = (chain or int(meta["chain_steps"])) if name == "teacher" else 0
+        self.draw = TeacherChain(sched, chain, float(meta["temperature"]), float(meta["clip"])) if chain else OneStep(sched, float(meta["entry_abar"]))
+        self.cfg, self.cfg_schedule, self.about = float(meta["cfg"]), meta["cfg_schedule"], dict(sha256=sha256(self.path), chain_steps=chain, cfg=float(meta["cfg"]))
 
     def sampler(self, counts): return FastSampler(self.net, self.draw, len(counts), self.cfg, self.cfg_schedule, reveal=counts)
 
@@ -107,7 +108,7 @@ def study(args, models: dict, counts: dict) -> None:
                 row = dict(model=name, counts=list(c), seed=seed, fd=frechet(images, real, net), diversity=diversity(images, labels, real, real_labels), accuracy=accuracy(images, labels, net),
                            coverage=coverage(features(net, images), real_features), seconds=seconds, commit=commit)
                 update(args.out, lambda found: found["rows"].append(row))
-                print(f"{name:8} seed {seed}  {str(list(c)):50} FD {row['fd']:6.3f}  diversity {row['diversity']:.3f}  accuracy {row['accuracy']:.3f}  coverage {row['coverage']:.3f}  {1e3 * seconds:.2f} ms", flush=True)
+                print(f"{name:10} seed {seed}  {str(list(c)):50} FD {row['fd']:6.3f}  diversity {row['diversity']:.3f}  accuracy {row['accuracy']:.3f}  coverage {row['coverage']:.3f}  {1e3 * seconds:.2f} ms", flush=True)
 
 
 def timing(args, models: dict, counts: dict, rounds: int = 7) -> None:
@@ -123,7 +124,7 @@ def timing(args, models: dict, counts: dict, rounds: int = 7) -> None:
         def change(found):
             for (name, K), s in taken.items(): found.setdefault("timing", {}).setdefault(name, {}).setdefault(str(batch), {})[str(K)] = statistics.median(s)
         update(args.out, change)
-        for (name, K), s in taken.items(): print(f"{name:8} batch {batch:2}  K {K:2}  {1e3 * statistics.median(s):8.3f} ms an image")
+        for (name, K), s in taken.items(): print(f"{name:10} batch {batch:2}  K {K:2}  {1e3 * statistics.median(s):8.3f} ms an image")
 
 
 def main() -> int:
@@ -135,11 +136,12 @@ def main() -> int:
     parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=SCHEDULES)
     parser.add_argument("--seeds", type=int, default=3, help="sampling seeds 0 to N - 1 (default: 3)")
     parser.add_argument("--n", type=int, default=2000, help="images a cell (default: 2000)")
+    parser.add_argument("--chain-steps", type=int, metavar="N", help="the teacher with a chain of N inner steps, kept beside as teacher-N (default: as saved)")
     parser.add_argument("--timing", action="store_true", help="time the samplers instead")
     args = parser.parse_args()
     torch.set_num_threads(1)
     try:
-        models = {name: Model(args.run, name) for name in args.models}
+        models = {f"{name}-{args.chain_steps}" if name == "teacher" and args.chain_steps else name: Model(args.run, name, args.chain_steps) for name in args.models}
         m = next(iter(models.values())).net.cfg
         H = digits_curve(m)
         counts = {s: [best_counts(H, K) if s == "best" else reveal_counts(m.seq_len, K, s) for K in args.K] for s in (("cosine",) if args.timing else args.schedules)}
