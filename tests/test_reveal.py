@@ -1,4 +1,4 @@
-"bench/reveal.py at the smallest size: every cell measured once, a second run adds what is missing and nothing else, other settings are refused."
+"Reveal schedules: every stage follows the configuration's; bench/reveal.py at the smallest size measures every cell once, adds what is missing and nothing else, and refuses other settings."
 import json
 import subprocess
 import sys
@@ -7,17 +7,45 @@ from dataclasses import asdict
 import torch
 from conftest import ROOT, environment
 
-from marval.config import preset
+from marval.config import override, preset
 from marval.data import load_digits_data
+from marval.diffusion import Schedule
+from marval.distill import DistillStage
 from marval.mar import MAR, save_weights
 from marval.rewards import train_judges
+from marval.rl import RLStage
+from marval.sampling import OneStep
+from marval.stages import Plain, draw_images
+from marval.train import Resident
+
+
+def awake(cfg):
+    "A network with random weights."
+    torch.manual_seed(0)
+    net = MAR(cfg.model)
+    for p in net.parameters(): p.data += 0.05 * torch.randn_like(p)
+    return net
+
+
+def test_stages():
+    "Distillation learns at the schedule's counts of known tokens; RL and evaluation roll out by it, and differently from the cosine's."
+    g, cosine = torch.Generator().manual_seed(0), preset("smoke")
+    cfg = override(cosine, ["sampling.reveal=root"])
+    data, y = Resident(torch.randn(64, 16, 4, generator=g), torch.zeros(64, dtype=torch.long)), torch.arange(5)
+    assert DistillStage(cfg, awake(cfg), data, None).known == [0, 8, 12, 14] and DistillStage(cosine, awake(cfg), data, None).known == [0, 2, 5, 10]
+    ink = lambda images, labels: images.mean((1, 2, 3))
+    stages = [RLStage(c, awake(c), ink, lambda z: (z + 1) / 2) for c in (cfg, cosine)]
+    losses = [s.step(0, torch.Generator().manual_seed(1)) for s in stages]
+    assert losses[0]["loss"].isfinite() and losses[0]["loss"] != losses[1]["loss"] and losses[0]["anchor"] < 1e-8       # the policy is still the frozen student: same counts, same tokens
+    assert not torch.equal(*(s.images(5, 0)[0] for s in stages))
+    net, draw = awake(cfg).eval(), OneStep(Schedule.cosine(), cfg.sampling.entry_abar)
+    fast, plain, other = draw_images(cfg, net, draw, y), draw_images(cfg, net, draw, y, sampler=Plain(cfg, net, draw)), draw_images(cosine, net, draw, y)
+    assert torch.allclose(fast, plain, atol=1e-5) and not torch.allclose(fast, other, atol=1e-2)
 
 
 def test_study(tmp_path):
     cfg, run = preset("smoke"), tmp_path / "run"
-    torch.manual_seed(0)
-    net = MAR(cfg.model)
-    for p in net.parameters(): p.data += 0.05 * torch.randn_like(p)
+    net = awake(cfg)
     run.mkdir()
     for stage in ("teacher", "student"): save_weights(net, run / f"{stage}.safetensors", stage=stage, **asdict(cfg.sampling))
     train_judges(*load_digits_data(), run / "judges", iterations=5, clip_iterations=0)
