@@ -103,11 +103,12 @@ def study(args, models: dict, counts: dict) -> None:
     for seed in range(args.seeds):
         for name, model in models.items():
             for c in sorted(cells, key=lambda c: (len(c), c)):
-                if any((r["model"], tuple(r["counts"]), r["seed"]) == (name, c, seed) for r in read_json(args.out)["rows"]): continue
+                there = lambda found: any((r["model"], tuple(r["counts"]), r["seed"]) == (name, c, seed) for r in found["rows"])
+                if there(read_json(args.out)): continue
                 images, labels, seconds = model.images(list(c), args.n, seed)
                 row = dict(model=name, counts=list(c), seed=seed, fd=frechet(images, real, net), diversity=diversity(images, labels, real, real_labels), accuracy=accuracy(images, labels, net),
                            coverage=coverage(features(net, images), real_features), seconds=seconds, commit=commit)
-                update(args.out, lambda found: found["rows"].append(row))
+                update(args.out, lambda found: there(found) or found["rows"].append(row))
                 print(f"{name:10} seed {seed}  {str(list(c)):50} FD {row['fd']:6.3f}  diversity {row['diversity']:.3f}  accuracy {row['accuracy']:.3f}  coverage {row['coverage']:.3f}  {1e3 * seconds:.2f} ms", flush=True)
 
 

@@ -83,7 +83,7 @@ def best_counts(H: Tensor,         # [L] from `entropy_curve`
     for way in reversed(ways): counts, s = [way[s], *counts], s - way[s]
     return counts
 
-# %% ../nbs/03_sampling.ipynb #03-022
+# %% ../nbs/03_sampling.ipynb #03-023
 def cfg_at(cfg: float,         # guidance, MAR's convention: 1 = none
            schedule: str,      # "constant" or "linear"
            L: int,             # tokens of an image
@@ -94,14 +94,14 @@ def cfg_at(cfg: float,         # guidance, MAR's convention: 1 = none
     if not 0 <= cfg < math.inf: raise BadInput(f"cfg={cfg}: expected a finite number >= 0")
     return float(cfg) if schedule == "constant" else 1 + (cfg - 1) * min(n_known_after, L - 1) / L
 
-# %% ../nbs/03_sampling.ipynb #03-025
+# %% ../nbs/03_sampling.ipynb #03-026
 class Draw(Protocol):
     r"A drawer of tokens: $x_0\sim p(x_0\mid c)$, a function of the contexts and of the noise alone."
     rounds: int                                         # R, rows of noise per token
     def needs_null(self, cfg: float) -> bool: ...       # whether the contexts of "no class" are used
     def __call__(self, model, c: Tensor, c_null: Tensor | None, cfg_k: float, noise: Tensor) -> Tensor: ...  # [N,W], [N,W], number, [R,N,D] -> [N,D]
 
-# %% ../nbs/03_sampling.ipynb #03-027
+# %% ../nbs/03_sampling.ipynb #03-028
 class TeacherChain:
     "MAR's own way: a respaced ancestral chain through the diffusion head. Raises `BadInput` for a bad number of steps or temperature."
 
@@ -133,7 +133,7 @@ class TeacherChain:
             return torch.lerp(eps_u, eps_c, cfg_k), v[:len(x)]
         return chain_sample(self.chain, denoise, noise, self.temperature, self.clip)
 
-# %% ../nbs/03_sampling.ipynb #03-029
+# %% ../nbs/03_sampling.ipynb #03-030
 class OneStep:
     "The distilled generator: one evaluation of the head at one time. Guidance is in its weights, so `cfg_k` is ignored. Raises `BadInput` for an abar outside (0, 1)."
     rounds = 1
@@ -159,12 +159,12 @@ class OneStep:
 
     def __call__(self, model, c, c_null, cfg_k, noise): return self.tokens(model, c, noise[0])
 
-# %% ../nbs/03_sampling.ipynb #03-033
+# %% ../nbs/03_sampling.ipynb #03-034
 def _normal(*shape, generator, device, dtype):
     "Standard normal numbers, drawn where the generator lives."
     return torch.randn(*shape, generator=generator, device=generator.device if generator else device, dtype=dtype).to(device)
 
-# %% ../nbs/03_sampling.ipynb #03-034
+# %% ../nbs/03_sampling.ipynb #03-035
 def draw_noise(B: int,                            # images
                L: int,                            # tokens of an image
                K: int,                            # autoregressive steps
@@ -178,7 +178,7 @@ def draw_noise(B: int,                            # images
     "The noise of a whole run of `sample`, as it would draw it itself."
     return [_normal(rounds, B * n, D, generator=generator, device=device, dtype=dtype) for n in reveal_counts(L, K, reveal)]
 
-# %% ../nbs/03_sampling.ipynb #03-036
+# %% ../nbs/03_sampling.ipynb #03-037
 def _ar_step(model, draw, orders, labels, n_known, n, cfg_k, null, tokens, noise):
     "Reveal the next n tokens: [B, L, D] -> [B, L, D]."
     B, where = len(tokens), orders[:, n_known:n_known + n, None]
@@ -205,7 +205,7 @@ def _check_inputs(model, labels, draw, counts, orders, noise, grad_steps):
         if have != want: raise BadInput(f"noise of shapes {have}: expected {want}, one tensor a step")
     if not 0 <= grad_steps <= K: raise BadInput(f"grad_steps={grad_steps}: expected 0 (all) to {K}, the number of steps")
 
-# %% ../nbs/03_sampling.ipynb #03-038
+# %% ../nbs/03_sampling.ipynb #03-039
 def sample(model,                             # a MAR
            labels: Tensor,                    # [B] long, 0 to class_num - 1, or class_num for no class
            draw: Draw,                        # how a token is drawn
