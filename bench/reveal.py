@@ -6,7 +6,7 @@ drawn once. `best` is the schedule with the least cost in theory (`sampling.best
     python bench/reveal.py                                                              # all: student some 10 minutes of one core, teacher some 2 hours
     python bench/reveal.py --models student --K 8 --schedules cosine --seeds 12         # more seeds of one cell: how much FD scatters
     python bench/reveal.py --models teacher --chain-steps 25                            # the teacher at a quarter of the time
-    python bench/reveal.py --timing                                                     # processor time per image against K, instead
+    python bench/reveal.py --timing                                                     # processor time of one image against K, instead
     python bench/reveal.py --run /tmp/smoke --out /tmp/try.json --n 60 --K 2 4 --seeds 1   # a trial, on a run of scale smoke
 """
 import argparse
@@ -113,19 +113,18 @@ def study(args, models: dict, counts: dict) -> None:
 
 
 def timing(args, models: dict, counts: dict, rounds: int = 7) -> None:
-    "Median processor seconds per image, MAR's counts, all in turn in every round."
-    for batch in (1, 64):
-        runs, y = {(name, len(c)): model.sampler(c) for name, model in models.items() for c in counts["cosine"]}, torch.arange(batch) % 10
-        taken = {k: [] for k in runs}
-        for i in range(rounds):
-            for k, fast in runs.items():
-                start = time.process_time()
-                fast.sample(y, generator=torch.Generator().manual_seed(0))
-                if i: taken[k].append((time.process_time() - start) / batch)          # the first round warms up
-        def change(found):
-            for (name, K), s in taken.items(): found.setdefault("timing", {}).setdefault(name, {}).setdefault(str(batch), {})[str(K)] = statistics.median(s)
-        update(args.out, change)
-        for (name, K), s in taken.items(): print(f"{name:10} batch {batch:2}  K {K:2}  {1e3 * statistics.median(s):8.3f} ms an image")
+    "Median processor seconds of one image, MAR's counts, all in turn in every round. (Time per image of a batch stands in every row.)"
+    runs, y = {(name, len(c)): model.sampler(c) for name, model in models.items() for c in counts["cosine"]}, torch.tensor([3])
+    taken = {k: [] for k in runs}
+    for i in range(rounds):
+        for k, fast in runs.items():
+            start = time.process_time()
+            fast.sample(y, generator=torch.Generator().manual_seed(0))
+            if i: taken[k].append(time.process_time() - start)                        # the first round warms up
+    def change(found):
+        for (name, K), s in taken.items(): found.setdefault("timing", {}).setdefault(name, {})[str(K)] = statistics.median(s)
+    update(args.out, change)
+    for (name, K), s in taken.items(): print(f"{name:10} K {K:2}  {1e3 * statistics.median(s):8.3f} ms")
 
 
 def main() -> int:
