@@ -26,7 +26,7 @@ from .train import image_grid, save_png
 class Sampler:
     "A network with all that is needed to draw from it; `load` makes one."
     def __init__(self, model,       # a MAR, in evaluation mode
-                 meta: dict[str, str], # what was saved with it: stage, K, cfg, cfg_schedule, chain_steps, temperature, clip, entry_abar, latent_scale
+                 meta: dict[str, str], # what was saved with it: stage, K, reveal, cfg, cfg_schedule, chain_steps, temperature, clip, entry_abar, latent_scale
                  vae=None,       # a KL16, where the tokens are latents
                  ):
         "Raises `BadInput` for latents without their tokenizer, or with one of another size."
@@ -45,22 +45,23 @@ class Sampler:
                cfg: float = None,  # guidance of the chain, 1 = none; None = as saved; a one-step generator has it in its weights
                chain: int = None,  # inner steps of the chain, 0 = one step; None = what the weights are for
                seed: int = 0,      # seed of orders and noise
+               reveal: str = None, # how many tokens at a time, a schedule of `sampling.reveal_counts`; None = as in training, MAR's cosine where the file doesn't say
                ) -> Tensor:        # [B, C, H, W] images in [0, 1]
-        "Images of the given classes. Raises `BadInput` on a label, K, cfg or number of steps out of range."
+        "Images of the given classes. Raises `BadInput` on a label, K, cfg or number of steps out of range, and on an unknown reveal schedule."
         m, meta, steps = self.model.cfg, self.meta, self.chain_steps if chain is None else chain
         if cfg is not None and not steps: raise BadInput(f"cfg={cfg}: a one-step generator has its guidance in its weights; expected a teacher, or no cfg")
         try: labels = torch.as_tensor(labels, dtype=torch.long, device=self.device)
         except (TypeError, ValueError, RuntimeError): raise BadInput(f"labels {labels!r}: expected integers from 0 to {m.class_num}") from None
-        key = steps, int(meta.get("K", m.seq_len)) if K is None else K, float(meta.get("cfg", 1)) if cfg is None else cfg
+        key = steps, int(meta.get("K", m.seq_len)) if K is None else K, float(meta.get("cfg", 1)) if cfg is None else cfg, reveal or meta.get("reveal", "cosine")
         if key not in self.fast: self.fast = {key: self._prepare(*key)}
         tokens = self.fast[key].sample(labels, generator=torch.Generator(self.device).manual_seed(seed))
         return self.decode(unpatchify(tokens, m.patch_size))
 
-    def _prepare(self, steps, K, cfg):
+    def _prepare(self, steps, K, cfg, reveal):
         "A `FastSampler`; the latest is kept."
         meta = self.meta
         draw = TeacherChain(self.sched, steps, float(meta.get("temperature", 1)), float(meta.get("clip", 0))) if steps else OneStep(self.sched, float(meta.get("entry_abar", .15)))
-        return FastSampler(self.model, draw, K, cfg, meta.get("cfg_schedule", "constant"))
+        return FastSampler(self.model, draw, K, cfg, meta.get("cfg_schedule", "constant"), reveal=reveal)
 
     def decode(self, latents: Tensor, # [B, C, h, w]
                ) -> Tensor:           # [B, 1 or 3, H, W] images in [0, 1]
@@ -103,6 +104,7 @@ def _arguments(argv):
     p.add_argument("--n", type=int, default=8, help="images of each class (default: 8)")
     p.add_argument("--out", required=True, metavar="FILE", help="a PNG; several classes: one row each")
     p.add_argument("--K", type=int, help="autoregressive steps (default: as in training)")
+    p.add_argument("--reveal", metavar="SCHEDULE", help="how many tokens each step reveals: cosine | linear | square | cubic | arccos | root (default: as in training)")
     p.add_argument("--cfg", type=float, help="guidance of the teacher's chain, 1 = none (default: as saved)")
     p.add_argument("--teacher-chain", type=int, metavar="N", help="draw tokens by a chain of N steps (default: as the weights ask for: 100 for a teacher, none for a student)")
     p.add_argument("--seed", type=int, default=0, help="seed of orders and noise (default: 0)")
@@ -121,7 +123,7 @@ def sample_cli(argv=None,  # the words after the command's name; None = the proc
         if args.device == "cuda" and not torch.cuda.is_available(): raise BadInput("--device cuda: there is no GPU here; expected auto or cpu")
         device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
         labels = [label for label in args.labels for _ in range(args.n)]
-        images = load(args.weights, device, args.vae).sample(labels, args.K, args.cfg, args.teacher_chain, args.seed)
+        images = load(args.weights, device, args.vae).sample(labels, args.K, args.cfg, args.teacher_chain, args.seed, args.reveal)
         save_png(args.out, image_grid(images, columns=args.n if len(args.labels) > 1 else math.ceil(math.sqrt(args.n))))
     except BadInput as e:
         print(f"error: {e}", file=sys.stderr)

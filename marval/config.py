@@ -70,6 +70,7 @@ class SamplingConfig:
     "How images are drawn. `cfg` is MAR's convention throughout: eps_u + cfg (eps_c - eps_u), 1 = no guidance, cfg = 1 + w."
     K: int = _of(64, "MAR", "autoregressive steps")
     chain_steps: int = _of(100, "MAR", "inner diffusion steps of the teacher's head")
+    reveal: str = _of("cosine", "MAR", "how many tokens each step reveals: cosine | linear | square | cubic | arccos | root")
     cfg: float = _of(1.2, "paper", "guidance: of the teacher, and hence of the student distilled from it")
     cfg_schedule: str = _of("constant", "paper", "constant | linear (grows with the share of tokens revealed)")
     temperature: float = _of(1.0, "MAR", "factor on the noise that the teacher's chain adds")
@@ -210,7 +211,7 @@ class Config:
         return asdict(self)
 
 # %% ../nbs/00_config.ipynb #00-010
-_CHOICES = {"data.name": ("digits", "imagenet"), "sampling.cfg_schedule": ("constant", "linear"), "distill.loss": ("sim", "gsim", "sid"),
+_CHOICES = {"data.name": ("digits", "imagenet"), "sampling.cfg_schedule": ("constant", "linear"), "sampling.reveal": ("cosine", "linear", "square", "cubic", "arccos", "root"), "distill.loss": ("sim", "gsim", "sid"),
             "distill.distance": ("huber", "squared"), "distill.weight": ("eps", "score", "x0"), "rl.reward": ("classifier", "clip", "pickscore"), "rl.recompute": ("steps", "none"),
             "compute.precision": ("fp32", "bf16"), "teacher.which": ("model_ema", "model"), "compute.sharding": ("ddp", "fsdp"), "compute.compile": ("off", "on"), "compute.recompute": ("none", "blocks")}
 _ZERO_IS_FINE = {"seed", "data.max_bad", "evaluate.pictures", "teacher.warmup", "distill.warmup", "rl.warmup", "rl.anchor", "rl.grad_steps", "log.metric_every", "sampling.cfg", "sampling.temperature", "sampling.clip",

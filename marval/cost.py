@@ -27,12 +27,13 @@ def phases(m: ModelConfig,       # sizes
            size: int = 2,        # bytes a number, 2 = bf16
            fast: bool = True,    # as `fast.FastSampler` does it, or as `sampling.sample`
            room: int = 2**24,    # numbers of modulations worked out at once, see `fast`
+           reveal="cosine",      # how many tokens at a time, see `sampling.reveal_counts`
            ) -> list[Phase]:     # two an autoregressive step
-    r"The table above, step by step. Raises `BadInput` on a bad K."
+    r"The table above, step by step. Raises `BadInput` on a bad K or reveal."
     W, V, D, b, L, r, j, R = m.width, m.head_width, m.token_dim, m.buffer_size, m.seq_len, m.mlp_ratio, m.head_depth, B * (2 if guided else 1)
     N, full, out, start = b + L, (4 + 2 * r) * W**2, [], 0
     block = lambda n: R * (2 * n * full + 4 * n**2 * W)
-    for n in reveal_counts(L, K):
+    for n in reveal_counts(L, K, reveal):
         last = R * (2 * N * 2 * W**2 + 2 * n * (full - 2 * W**2) + 4 * n * N * W) if fast else block(N)
         new = (n * B if len(out) < 2 * K - 2 else 0) if fast else R * start
         flops = m.depth * block(b + start) + (m.depth - 1) * block(N) + last + 2 * R * (b + start) * W**2 + 2 * new * D * W

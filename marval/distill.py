@@ -26,9 +26,10 @@ from .train import Data, Watched, clip_and_step, frozen, lr_factor, step_seed, t
 # %% ../nbs/08_distill.ipynb #08-006
 def known_counts(L: int, # tokens of an image
                  K: int, # autoregressive steps
+                 reveal="cosine", # how many at a time, see `sampling.reveal_counts`
                  ) -> list[int]: # K counts, of which the first is 0
     r"Tokens already known when step $k$ begins: $\sum_{j<k} n_j$ with the reveal schedule $n$."
-    counts = reveal_counts(L, K)
+    counts = reveal_counts(L, K, reveal)
     return [sum(counts[:k]) for k in range(K)]
 
 
@@ -80,7 +81,7 @@ class DistillStage(Watched):
         self.teacher = frozen(teacher, cfg.compute)
         self.theta, self.opt_theta, self.ema = trainable(theta, cfg.compute, self.d, self.d.lr)
         self.phi, self.opt_phi, _ = trainable(phi, cfg.compute, self.d, self.d.lr_phi, averaged=False)      # its variance output takes no part, so it is not trained
-        self.known = known_counts(cfg.model.seq_len, cfg.sampling.K)
+        self.known = known_counts(cfg.model.seq_len, cfg.sampling.K, cfg.sampling.reveal)
 
     @property
     def student(self) -> MAR:

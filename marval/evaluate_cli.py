@@ -31,19 +31,20 @@ def network_images(weights,               # *.safetensors of a run folder, or MA
                    seed: int = 0,         # of orders and noise
                    batch: int = 50,       # images drawn at once
                    device="cpu",          # where to draw
+                   reveal: str | None = None, # how many tokens at a time, see `sampling.reveal_counts`; None = as saved
                    ) -> Images:
     "Images straight from a file of weights. Raises `BadInput` as `load` and `Sampler.sample` do."
     sampler = load(weights, device, vae)
     m, meta = sampler.model.cfg, sampler.meta
     steps = sampler.chain_steps if chain is None else chain
-    recipe = dict(kind="network", weights_sha256=sha256(weights), vae_sha256=vae and sha256(vae), stage=meta.get("stage"), K=K or int(meta.get("K", m.seq_len)),
+    recipe = dict(kind="network", weights_sha256=sha256(weights), vae_sha256=vae and sha256(vae), stage=meta.get("stage"), K=K or int(meta.get("K", m.seq_len)), reveal=reveal or meta.get("reveal", "cosine"),
                   cfg=float(meta.get("cfg", 1)) if cfg is None else cfg, cfg_schedule=meta.get("cfg_schedule", "constant"), chain_steps=steps, classes=m.class_num, seed=seed)
-    def draw(i, labels): return sampler.sample(labels, K, cfg, chain, step_seed(seed, "evaluate", i))
+    def draw(i, labels): return sampler.sample(labels, K, cfg, chain, step_seed(seed, "evaluate", i), reveal)
     draw(0, torch.zeros(1, dtype=torch.long))              # a rehearsal: settings that don't fit are refused now
     return drawn_images(draw, balanced_labels(n, m.class_num), batch, recipe)
 
 # %% ../nbs/15b_evaluate_cli.ipynb #15-008
-_NETWORK = ("vae", "n", "K", "cfg", "teacher_chain", "seed")   # options that go with --weights alone
+_NETWORK = ("vae", "n", "K", "reveal", "cfg", "teacher_chain", "seed")   # options that go with --weights alone
 
 
 def _arguments(argv):
@@ -65,6 +66,7 @@ def _arguments(argv):
     g.add_argument("--vae", metavar="FILE", help="weights of the tokenizer, MAR's kl16.ckpt, for weights that draw latents")
     g.add_argument("--n", type=int, help="images (default: 50000)")
     g.add_argument("--K", type=int, help="autoregressive steps (default: as saved)")
+    g.add_argument("--reveal", metavar="SCHEDULE", help="how many tokens each step reveals: cosine | linear | square | cubic | arccos | root (default: as saved)")
     g.add_argument("--cfg", type=float, help="guidance of the teacher's chain, 1 = none (default: as saved)")
     g.add_argument("--teacher-chain", type=int, metavar="N", help="draw tokens by a chain of N steps (default: as the weights ask for)")
     g.add_argument("--seed", type=int, help="of orders and noise (default: 0)")
@@ -93,7 +95,7 @@ def _evaluate(a, device):
     net = extractor(a.extractor, a.inception, device, a.download)
     reference = open_reference(a.reference, a.size, a.batch)
     if a.images: images = open_images(a.images, a.size, a.batch)
-    else: images = network_images(a.weights, a.n or 50_000, a.vae, a.K, a.cfg, a.teacher_chain, a.seed or 0, a.batch, device)
+    else: images = network_images(a.weights, a.n or 50_000, a.vae, a.K, a.cfg, a.teacher_chain, a.seed or 0, a.batch, device, a.reveal)
     figures = fidelity(images, reference, net, cache, Path(a.images or a.weights).name)
     about = dict(path=str(a.reference)) | (reference.images.recipe if reference.images else dict(kind="statistics", sha256=sha256(a.reference)))
     return run_provenance() | dict(torch_fidelity=version("torch-fidelity"), **figures, images=dict(path=str(a.images or a.weights)) | images.recipe, reference=about, size=a.size, batch=a.batch,

@@ -137,13 +137,14 @@ class FastSampler:
                  dtype: torch.dtype = None,       # of weights and activations: float32, bfloat16 or float64; None = the model's
                  decode=None,                     # latents [B, C, h, w] -> images, part of the graph; None = `sample` returns tokens
                  compile: bool = False,           # torch.compile for blocks and head
-                 graph: bool = None):             # capture CUDA graphs; None = on a GPU, for one step: a chain of 100 makes a graph of some 300,000 kernels
-        "Raises `BadInput` on a bad K, cfg or schedule, on another type, and on a drawer that it doesn't know."
+                 graph: bool = None,              # capture CUDA graphs; None = on a GPU, for one step: a chain of 100 makes a graph of some 300,000 kernels
+                 reveal="cosine"):                # how many tokens at a time, see `sampling.reveal_counts`
+        "Raises `BadInput` on a bad K, cfg, schedule or reveal, on another type, and on a drawer that it doesn't know."
         m, self.device, self.model, self.draw, self.K, self.decode = model.cfg, model.mask_token.device, model, draw, K, decode
         if not isinstance(draw, (OneStep, TeacherChain)): raise BadInput(f"draw of type {type(draw).__name__}: expected OneStep or TeacherChain")
         self.dtype = dtype = dtype or model.mask_token.dtype
         if dtype not in (torch.float32, torch.bfloat16, torch.float64): raise BadInput(f"dtype {dtype}: expected float32, bfloat16 or float64")
-        self.cfg, self.counts, self.graph = m, reveal_counts(m.seq_len, K), self.device.type == "cuda" and isinstance(draw, OneStep) if graph is None else graph
+        self.cfg, self.reveal, self.counts, self.graph = m, reveal, reveal_counts(m.seq_len, K, reveal), self.device.type == "cuda" and isinstance(draw, OneStep) if graph is None else graph
         self.state, self.null = torch.float64 if dtype == torch.float64 else torch.float32, draw.needs_null(cfg)
         cfgs = [cfg_at(cfg, cfg_schedule, m.seq_len, sum(self.counts[:k + 1])) for k in range(K)]
         self.w = [torch.tensor([c] * m.token_dim + [1.] * m.token_dim, dtype=self.state, device=self.device) if self.null else None for c in cfgs]
@@ -219,7 +220,7 @@ class FastSampler:
         if orders is not None and not torch.equal(orders.sort(-1).values, torch.arange(L, device=orders.device).expand(len(orders), -1)):
             raise BadInput(f"orders: expected a permutation of 0 to {L - 1} in every row")
         if orders is None: orders = random_orders(len(labels), L, generator, self.device)
-        if noise is None: noise = draw_noise(len(labels), L, self.K, m.token_dim, self.draw.rounds, generator, self.device, self.state)
+        if noise is None: noise = draw_noise(len(labels), L, self.K, m.token_dim, self.draw.rounds, generator, self.device, self.state, self.reveal)
         return self._run(labels, orders, noise).clone()
 
     @torch.inference_mode()

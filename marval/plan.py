@@ -215,7 +215,7 @@ def _masked(cfg, stage):
     "Numbers of visible tokens that occur in a stage, equally likely."
     L, t = cfg.model.seq_len, cfg.teacher
     if stage == "teacher": return [L - masked_count(L, t.mask_min, t.mask_std, (i + .5) / 8) for i in range(8)]
-    known = known_counts(L, cfg.sampling.K)
+    known = known_counts(L, cfg.sampling.K, cfg.sampling.reveal)
     return [known[round(i * (len(known) - 1) / 7)] for i in range(8)]
 
 
@@ -239,8 +239,8 @@ def _training(cfg, stage, meter, B):
 
 def _rl(cfg, meter, B):
     "Peak bytes of the policy, of tokenizer and reward, and operations of a step of RL, for B images."
-    r, L, K = cfg.rl, cfg.model.seq_len, cfg.sampling.K
-    steps = [(meter.contexts(B, n), meter.generate(B * k)) for n, k in zip(known_counts(L, K), reveal_counts(L, K))]
+    r, L, K, reveal = cfg.rl, cfg.model.seq_len, cfg.sampling.K, cfg.sampling.reveal
+    steps = [(meter.contexts(B, n), meter.generate(B * k)) for n, k in zip(known_counts(L, K, reveal), reveal_counts(L, K, reveal))]
     live = steps[-r.grad_steps:] if r.grad_steps else steps
     whole = [c.bytes + max(meter.inside(B), h.bytes) for c, h in live]
     tokens = 4 * K * B * L * cfg.model.token_dim                                                              # between steps

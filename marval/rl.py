@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from .config import Config
 from .diffusion import Schedule
-from .distill import known_counts
 from .mar import MAR, unpatchify
 from .parallel import Part, autocast, backward, own_parts
-from .sampling import OneStep, draw_noise, random_orders, reveal_counts, sample
+from .sampling import OneStep, draw_noise, random_orders, sample
 from .train import Watched, clip_and_step, frozen, lr_factor, trainable
 
 # %% ../nbs/10_rl.ipynb #10-006
@@ -31,8 +30,8 @@ def frozen_tokens(student: MAR,        # the frozen student
                   labels: Tensor,      # [B] classes
                   ) -> Tensor:         # [B, L, D] at each position, the frozen student's token
     r"$g_{\theta_0}(z_i, c^0_i)$ for every token of a roll-out: same noise, same known tokens before it."
-    L, K = tokens.shape[1], len(noise)
-    counts, known, out = reveal_counts(L, K), known_counts(L, K), torch.empty_like(tokens)
+    L, counts, out = tokens.shape[1], [z.shape[1] // len(tokens) for z in noise], torch.empty_like(tokens)
+    known = [sum(counts[:k]) for k in range(len(counts))]
     for n, n_known, z in zip(counts, known, noise):
         c = student.contexts(tokens, orders, n_known, labels)
         where = orders[:, n_known:n_known + n, None]
@@ -76,7 +75,7 @@ class RLStage(Watched):
         r"$L_{\text{RL}} = -E[R] + w_A E[A]$ of one roll-out with gradients."
         m, r = self.cfg.model, self.r
         with autocast(self.cfg.compute.precision, self.device):
-            tokens = sample(self.policy, labels, self.draw, self.cfg.sampling.K, orders=orders, noise=noise, checkpoint=r.recompute == "steps", grad_steps=r.grad_steps)
+            tokens = sample(self.policy, labels, self.draw, self.cfg.sampling.K, orders=orders, noise=noise, checkpoint=r.recompute == "steps", grad_steps=r.grad_steps, reveal=self.cfg.sampling.reveal)
         reward = self.reward(self.decode(unpatchify(tokens, m.patch_size)), labels).mean()
         loss = -reward
         anchor = torch.zeros((), device=self.device)
@@ -93,7 +92,7 @@ class RLStage(Watched):
         m, s, r, device = self.cfg.model, self.cfg.sampling, self.r, self.device
         labels = torch.randint(m.class_num, (r.batch,), generator=generator, device=device)
         orders = random_orders(r.batch, m.seq_len, generator=generator, device=device)
-        noise = draw_noise(r.batch, m.seq_len, s.K, m.token_dim, self.draw.rounds, generator=generator, device=device, dtype=self.policy.mask_token.dtype)
+        noise = draw_noise(r.batch, m.seq_len, s.K, m.token_dim, self.draw.rounds, generator=generator, device=device, dtype=self.policy.mask_token.dtype, reveal=s.reveal)
         means = backward(self.parts, lambda part: self.losses(part.take(labels), part.take(orders), [part.take(z, dim=1) for z in noise]))
         clip_and_step(self.opt, self.policy.parameters(), r.clip, r.lr * lr_factor(i, self.iterations, r.warmup, r.decay_from, r.decay_to))
         self.ema.update(self.policy)

@@ -224,7 +224,7 @@ def threads(cfg: Config, # its scale decides
 def _sampler(cfg, model, draw):
     from marval.fast import FastSampler
     half = cfg.compute.precision == "bf16" and model.mask_token.is_cuda
-    return FastSampler(model, draw, cfg.sampling.K, cfg.sampling.cfg, cfg.sampling.cfg_schedule, dtype=torch.bfloat16 if half else None)
+    return FastSampler(model, draw, cfg.sampling.K, cfg.sampling.cfg, cfg.sampling.cfg_schedule, dtype=torch.bfloat16 if half else None, reveal=cfg.sampling.reveal)
 
 
 def _draw_batch(cfg, sampler, labels, i, decode):
@@ -234,9 +234,9 @@ def _draw_batch(cfg, sampler, labels, i, decode):
     m, K, rounds, device = cfg.model, cfg.sampling.K, sampler.draw.rounds, labels.device
     g = torch.Generator(device).manual_seed(step_seed(cfg.seed, "evaluate", i))
     orders = random_orders(len(labels), m.seq_len, generator=g, device=device)
-    noise = draw_noise(len(labels), m.seq_len, K, m.token_dim, 1, generator=g, device=device)
+    noise = draw_noise(len(labels), m.seq_len, K, m.token_dim, 1, generator=g, device=device, reveal=cfg.sampling.reveal)
     if rounds > 1:
-        later = draw_noise(len(labels), m.seq_len, K, m.token_dim, rounds - 1, generator=g, device=device)
+        later = draw_noise(len(labels), m.seq_len, K, m.token_dim, rounds - 1, generator=g, device=device, reveal=cfg.sampling.reveal)
         noise = [torch.cat(pair) for pair in zip(noise, later)]
     with torch.inference_mode(): return (decode or to_images)(unpatchify(sampler.sample(labels, orders, noise), m.patch_size))
 
@@ -250,7 +250,7 @@ class Plain:
 
     def sample(self, labels, orders, noise):
         from marval.sampling import sample
-        return sample(self.model, labels, self.draw, self.cfg.K, self.cfg.cfg, self.cfg.cfg_schedule, orders=orders, noise=noise)
+        return sample(self.model, labels, self.draw, self.cfg.K, self.cfg.cfg, self.cfg.cfg_schedule, orders=orders, noise=noise, reveal=self.cfg.reveal)
 
 
 def draw_images(cfg: Config,   # the whole configuration: K, guidance, batch, seed

@@ -319,8 +319,8 @@ class Watched:
         g = torch.Generator(self.device).manual_seed(seed)
         labels = torch.arange(n, device=self.device) % m.class_num
         orders = random_orders(n, m.seq_len, generator=g, device=self.device)
-        noise = draw_noise(n, m.seq_len, s.K, m.token_dim, self.draw.rounds, generator=g, device=self.device, dtype=self.student.mask_token.dtype)
-        tokens = sample(self.student, labels, self.draw, s.K, s.cfg, s.cfg_schedule, orders=orders, noise=noise)
+        noise = draw_noise(n, m.seq_len, s.K, m.token_dim, self.draw.rounds, generator=g, device=self.device, dtype=self.student.mask_token.dtype, reveal=s.reveal)
+        tokens = sample(self.student, labels, self.draw, s.K, s.cfg, s.cfg_schedule, orders=orders, noise=noise, reveal=s.reveal)
         return self.decode(unpatchify(tokens, m.patch_size)), labels
 
     def pictures(self, i: int) -> Tensor:

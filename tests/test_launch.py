@@ -22,6 +22,7 @@ BAD = {
     "negative seed": (["--scale", "smoke", "--seed", "-1"], "seed=-1"),
     "K > tokens": (["--scale", "smoke", "--set", "sampling.K=17"], "1 to 16"),
     "K < 1": (["--scale", "smoke", "--set", "sampling.K=0"], "sampling.K=0"),
+    "unknown reveal schedule": (["--scale", "smoke", "--set", "sampling.reveal=sine"], "cosine, linear"),
     "cfg < 0": (["--scale", "smoke", "--set", "sampling.cfg=-0.5"], "sampling.cfg=-0.5"),
     "cfg NaN": (["--scale", "smoke", "--set", "sampling.cfg=nan"], "sampling.cfg=nan"),
     "unknown field": (["--scale", "smoke", "--set", "distill.rate=1"], "distill.rate"),

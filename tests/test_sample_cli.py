@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("extra, size", [([], (4, 4)), (["--K", "16"], (4, 4)), (["--teacher-chain", "3", "--cfg", "2"], (4, 4)), (["--labels", "0", "1", "2"], (16, 3))])
+@pytest.mark.parametrize("extra, size", [([], (4, 4)), (["--K", "16"], (4, 4)), (["--reveal", "linear"], (4, 4)), (["--teacher-chain", "3", "--cfg", "2"], (4, 4)), (["--labels", "0", "1", "2"], (16, 3))])
 def test_grid(folder, tmp_path, extra, size):
     from PIL import Image
     argv = ["--weights", str(folder / "student.safetensors"), "--label", "3", "--n", "16", "--out", str(tmp_path / "grid.png"), *extra]
@@ -62,6 +62,7 @@ BAD = {
     "label no number": (["--weights", "student.safetensors", "--label", "three"], "'three'"),
     "K > tokens": (["--weights", "student.safetensors", "--K", "17"], "K=17"),
     "K < 1": (["--weights", "student.safetensors", "--K", "0"], "K=0"),
+    "unknown schedule": (["--weights", "student.safetensors", "--reveal", "sine"], "reveal='sine'"),
     "cfg NaN": (["--weights", "teacher.safetensors", "--cfg", "nan"], "cfg=nan"),
     "cfg < 0": (["--weights", "teacher.safetensors", "--cfg", "-1"], "cfg=-1"),
     "cfg of a student": (["--weights", "student.safetensors", "--cfg", "2"], "cfg=2"),
