@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .config import BadInput, Config
 from .mar import MAR
-from .parallel import rank, shares
+from .parallel import shares
 from .rl import RLStage
 from .train import frozen
 
@@ -180,7 +180,6 @@ class GuardedRL(RLStage):
         if self.tripped:
             self.seen.ended.fill_(i)
             _copy(self.kept, self.student)
-            if rank() == 0: print(f"rl: {self.stopped}", flush=True)
         else:
             self.seen.fine.fill_(i)
             _copy(self.student, self.kept)

@@ -168,7 +168,7 @@ def road(cfg: Config,  # `cfg.data.name` decides
     "Where a run gets its data, images and rewards from."
     return (Digits if cfg.data.name == "digits" else Photographs)(cfg, out, device)
 
-# %% ../nbs/13_stages.ipynb #13-013
+# %% ../nbs/13_stages.ipynb #13-015
 def judges(road: Digits) -> None:
     "Train the three small networks that reward and judge."
     from marval.rewards import train_judges
@@ -192,7 +192,7 @@ def cache(road: Photographs) -> None:
     build_cache(open_tree(cfg), road.vae.encode, folder, cfg.model.img_size, road.digest, max_bad=cfg.data.max_bad, device=road.device, rank=rank(), world=world())
     on_first(lambda: None)                                    # the others wait for the manifest
 
-# %% ../nbs/13_stages.ipynb #13-016
+# %% ../nbs/13_stages.ipynb #13-018
 def network(cfg: Config,  # whose `model` it must be
             path: Path,   # a product of an earlier stage
             device="cpu", # where it goes
@@ -253,9 +253,11 @@ def rl(road) -> dict | None: # {"stopped": why}, where a guard has ended it
     start = network(cfg, road.out/"student.safetensors", road.device)
     stage = (GuardedRL if cfg.rl.guard else RLStage)(cfg, start, reward, road.decode, road.watcher(reward) if every else None, road.device)
     _train(stage, road, "student_rl.safetensors", metric_every=every)
-    if cfg.rl.guard and stage.stopped: return dict(stopped=stage.stopped)
+    if cfg.rl.guard and stage.stopped:
+        if rank() == 0: print(f"a guard ended RL: {stage.stopped}", flush=True)
+        return dict(stopped=stage.stopped)
 
-# %% ../nbs/13_stages.ipynb #13-020
+# %% ../nbs/13_stages.ipynb #13-022
 @contextmanager
 def threads(cfg: Config, # its scale decides
             n: int,      # at most so many
@@ -315,7 +317,7 @@ def draw_images(cfg: Config,   # the whole configuration: K, guidance, batch, se
             bar.update()
     return torch.cat(parts)
 
-# %% ../nbs/13_stages.ipynb #13-021
+# %% ../nbs/13_stages.ipynb #13-023
 _MODELS = dict(teacher=("teacher", "chain"), one_step_init=("teacher", "one step"), student=("student", "one step"), student_rl=("student_rl", "one step"))
 
 
@@ -365,7 +367,7 @@ def _facts(road, n, seconds):
     stopped = {f"{f.parent.name}_stopped": read_json(f)["stopped"] for f in (road.out/"state").glob("*/done.json") if "stopped" in read_json(f)}
     return run_provenance() | dict(seed=cfg.seed, scale=cfg.scale, K=s.K, cfg=s.cfg, chain_steps=s.chain_steps, n=n, seconds=seconds) | stopped
 
-# %% ../nbs/13_stages.ipynb #13-022
+# %% ../nbs/13_stages.ipynb #13-024
 def _png(road, images, **kwargs):
     from marval.report import samples_png
     png = samples_png(images, **kwargs)
@@ -419,7 +421,7 @@ def _evaluate_photographs(road, figures):
     _png(road, images, rows=min(2, math.ceil(n / columns)), columns=columns)
     write_json(road.out/"metrics.json", metrics)
 
-# %% ../nbs/13_stages.ipynb #13-023
+# %% ../nbs/13_stages.ipynb #13-025
 def evaluate(road) -> None:
     "Draw every model's images, measure them, print one table, write metrics.json and samples.png; of digits report.html too, of photographs some pictures. Digits are rank 0's, photographs are drawn and measured by all."
     if isinstance(road, Digits): on_first(_evaluate_digits, road)
