@@ -14,13 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .config import BadInput
+from .config import BadInput, from_dict, override
 from .data import to_images
 from .diffusion import Schedule
+from .files import read_json
+from .guards import best_of_n
 from .mar import load_official, load_weights, read_meta, save_official, unpatchify
 from .fast import FastSampler
 from .sampling import OneStep, TeacherChain
-from .train import image_grid, save_png
+from .stages import road
+from .train import image_grid, save_png, step_seed
 
 # %% ../nbs/15_cli.ipynb #15-006
 class Sampler:
@@ -108,7 +111,19 @@ def _arguments(argv):
     p.add_argument("--cfg", type=float, help="guidance of the teacher's chain, 1 = none (default: as saved)")
     p.add_argument("--teacher-chain", type=int, metavar="N", help="draw tokens by a chain of N steps (default: as the weights ask for: 100 for a teacher, none for a student)")
     p.add_argument("--seed", type=int, default=0, help="seed of orders and noise (default: 0)")
+    p.add_argument("--best-of", type=int, default=1, metavar="N", help="draw N candidates for every image, keep the one that the run's reward likes best (default: 1)")
+    p.add_argument("--reward", metavar="FILE", help="with --best-of, on photographs: weights of the run's reward (default: as the run has them)")
     return p.parse_args(argv)
+
+
+def _reward(args, classes, device):
+    "The reward of the run folder that the weights lie in. Raises `BadInput` where there is none, and for labels that it can't speak of."
+    folder = Path(args.weights).parent
+    if bad := [c for c in args.labels if not 0 <= c < classes]: raise BadInput(f"--best-of {args.best_of}, label {bad[0]}: no reward of it; expected classes, 0 to {classes - 1}")
+    if not (folder/"config.json").exists(): raise BadInput(f"--best-of {args.best_of}: no config.json beside {args.weights}, so no reward; expected weights in their run folder")
+    cfg = from_dict(read_json(folder/"config.json"))
+    if args.reward and cfg.data.name == "digits": raise BadInput(f"--reward {args.reward}: digits are judged by the networks in {folder/'judges'}; expected no file")
+    return road(override(cfg, [*([f"rl.reward_weights={args.reward}"] if args.reward else []), *([f"data.vae={args.vae}"] if args.vae else [])]), folder, device).reward()
 
 
 def sample_cli(argv=None,  # the words after the command's name; None = the process's own
@@ -117,13 +132,17 @@ def sample_cli(argv=None,  # the words after the command's name; None = the proc
     try:
         args = _arguments(argv)
         if args.n < 1: raise BadInput(f"--n {args.n}: expected at least 1")
+        if args.best_of < 1: raise BadInput(f"--best-of {args.best_of}: expected at least 1")
+        if args.best_of == 1 and args.reward: raise BadInput("--reward without --best-of: nothing asks for it; expected both, or neither")
         if not 0 <= args.seed < 2**63: raise BadInput(f"--seed {args.seed}: expected 0 to 2^63 - 1")
         if args.teacher_chain is not None and args.teacher_chain < 2: raise BadInput(f"--teacher-chain {args.teacher_chain}: expected 2 to 1000")
         if args.device not in ("auto", "cpu", "cuda"): raise BadInput(f"--device {args.device!r}: expected auto, cpu or cuda")
         if args.device == "cuda" and not torch.cuda.is_available(): raise BadInput("--device cuda: there is no GPU here; expected auto or cpu")
         device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
         labels = [label for label in args.labels for _ in range(args.n)]
-        images = load(args.weights, device, args.vae).sample(labels, args.K, args.cfg, args.teacher_chain, args.seed, args.reveal)
+        sampler, seed = load(args.weights, device, args.vae), lambda j: step_seed(args.seed, "best-of", j) if j else args.seed
+        draw = lambda _, j: sampler.sample(labels, args.K, args.cfg, args.teacher_chain, seed(j), args.reveal)
+        images = best_of_n(draw, _reward(args, sampler.model.cfg.class_num, device), torch.tensor(labels, device=device), args.best_of)[0] if args.best_of > 1 else draw(None, 0)
         save_png(args.out, image_grid(images, columns=args.n if len(args.labels) > 1 else math.ceil(math.sqrt(args.n))))
     except BadInput as e:
         print(f"error: {e}", file=sys.stderr)

@@ -138,6 +138,11 @@ class RLConfig:
     reward_weights: str = _of("", "ours", "text rewards on photographs: file of the towers' weights, PickScore's own or open_clip's")
     prompt: str = _of("a high-quality and harmonious picture of {}", "paper", "prompt; {} is the name of the class")
     anchor: float = _of(3.0, "ours", "weight of the per-token squared distance to the frozen student; 0 = none, the paper")
+    guard: str = _of("", "ours", "metric and share, as in `diversity 0.1, fd 0.5`: training ends once a metric is worse than before the first step by more than that share of it; empty = never")
+    watch: str = _of("", "ours", "a second reward, measured and never maximised: heldout | clip | classifier on digits, any text reward on photographs; empty = none")
+    watch_model: str = _of("", "ours", "text reward that watches: its two towers, as `reward_model`; empty = the same")
+    watch_weights: str = _of("", "ours", "text reward that watches: file of its weights, as `reward_weights`")
+    metric_every: int = _of(0, "ours", "steps between measurements of RL; 0 = log.metric_every")
     grad_steps: int = _of(0, "ours", "gradients reach the last so many AR steps; 0 = all K, the paper")
     recompute: str = _of("steps", "ours", "steps (each AR step is computed again on the way back, to save memory) | none; the same result")
     lr: float = _of(1e-6, "ours", "learning rate")
@@ -174,8 +179,8 @@ class LogConfig:
     "How often a stage saves, draws and measures itself, in steps."
     checkpoint_every: int = _of(1000, "ours", "steps between checkpoints")
     sample_every: int = _of(5000, "ours", "steps between grids of samples")
-    metric_every: int = _of(0, "ours", "steps between Frechet distances while distilling; 0 = never")
-    metric_n: int = _of(1000, "ours", "images of such a Frechet distance")
+    metric_every: int = _of(0, "ours", "steps between measurements, on digits of the Frechet distance; 0 = never")
+    metric_n: int = _of(1000, "ours", "images of such a measurement")
 
 
 @dataclass(frozen=True)
@@ -214,7 +219,7 @@ class Config:
 _CHOICES = {"data.name": ("digits", "imagenet"), "sampling.cfg_schedule": ("constant", "linear"), "sampling.reveal": ("cosine", "linear", "square", "cubic", "arccos", "root"), "distill.loss": ("sim", "gsim", "sid"),
             "distill.distance": ("huber", "squared"), "distill.weight": ("eps", "score", "x0"), "rl.reward": ("classifier", "clip", "pickscore"), "rl.recompute": ("steps", "none"),
             "compute.precision": ("fp32", "bf16"), "teacher.which": ("model_ema", "model"), "compute.sharding": ("ddp", "fsdp"), "compute.compile": ("off", "on"), "compute.recompute": ("none", "blocks")}
-_ZERO_IS_FINE = {"seed", "data.max_bad", "evaluate.pictures", "teacher.warmup", "distill.warmup", "rl.warmup", "rl.anchor", "rl.grad_steps", "log.metric_every", "sampling.cfg", "sampling.temperature", "sampling.clip",
+_ZERO_IS_FINE = {"seed", "data.max_bad", "evaluate.pictures", "teacher.warmup", "distill.warmup", "rl.warmup", "rl.anchor", "rl.grad_steps", "rl.metric_every", "log.metric_every", "sampling.cfg", "sampling.temperature", "sampling.clip",
                  "distill.alpha", "distill.t_min", "distill.phi_first"}
 _SHARES = {"model.dropout", "teacher.label_drop", "teacher.mask_min"} | {f"{s}.{k}" for s in ("teacher", "distill", "rl")
            for k in ("beta1", "beta2", "weight_decay", "ema", "decay_from", "decay_to")}
@@ -259,7 +264,7 @@ _DIGITS = {
     "teacher.ema": (0.998, "ours"), "teacher.decay_from": (0.5, "ours"), "teacher.decay_to": (0.05, "ours"), "teacher.mask_min": (0.1, "ours"), "teacher.mask_std": (1.0, "ours"),
     "distill.iterations": (1200, "ours"), "distill.batch": (16, "ours"), "distill.lr": (2e-4, "ours"), "distill.lr_phi": (5e-4, "ours"), "distill.t_guide": (450, "ours"),
     "distill.ema": (0.995, "ours"), "distill.warmup": (0, "ours"), "distill.phi_first": (100, "ours"),
-    "rl.iterations": (50, "ours"), "rl.batch": (64, "ours"), "rl.anchor": (100.0, "ours"), "rl.reward": ("classifier", "ours"), "rl.lr": (1e-4, "ours"), "rl.ema": (0.9, "ours"), "rl.warmup": (5, "ours"), "rl.recompute": ("none", "ours"),
+    "rl.iterations": (50, "ours"), "rl.batch": (64, "ours"), "rl.anchor": (100.0, "ours"), "rl.reward": ("classifier", "ours"), "rl.lr": (1e-4, "ours"), "rl.ema": (0.9, "ours"), "rl.warmup": (5, "ours"), "rl.recompute": ("none", "ours"), "rl.metric_every": (10, "ours"),
     "rl.prompt": ("a high-quality and harmonious picture of the digit {}", "ours"),
     "evaluate.n": (2000, "ours"), "evaluate.batch": (500, "ours"), "evaluate.timing_repeats": (3, "ours"), "compute.precision": ("fp32", "ours"),
     "log.checkpoint_every": (200, "ours"), "log.sample_every": (500, "ours"), "log.metric_every": (400, "ours"), "log.metric_n": (500, "ours"),
@@ -268,7 +273,7 @@ _SMOKE = _DIGITS | {
     "model.width": (32, "ours"), "model.depth": (1, "ours"), "model.heads": (2, "ours"), "model.buffer_size": (2, "ours"),
     "model.head_depth": (1, "ours"), "model.head_width": (32, "ours"), "sampling.K": (4, "ours"), "sampling.chain_steps": (5, "ours"),
     "teacher.iterations": (30, "ours"), "teacher.batch": (16, "ours"), "teacher.warmup": (5, "ours"),
-    "distill.iterations": (20, "ours"), "distill.batch": (8, "ours"), "distill.phi_first": (4, "ours"), "rl.iterations": (8, "ours"), "rl.batch": (8, "ours"), "rl.warmup": (2, "ours"),
+    "distill.iterations": (20, "ours"), "distill.batch": (8, "ours"), "distill.phi_first": (4, "ours"), "rl.iterations": (8, "ours"), "rl.batch": (8, "ours"), "rl.warmup": (2, "ours"), "rl.metric_every": (0, "ours"),
     "judges.iterations": (40, "ours"), "judges.clip_iterations": (5, "ours"),       # the tests ask for any judges at all, not for good ones
     "evaluate.n": (64, "ours"), "evaluate.batch": (64, "ours"), "evaluate.timing_repeats": (1, "ours"),
     "log.checkpoint_every": (4, "ours"), "log.sample_every": (10, "ours"), "log.metric_every": (0, "ours"),

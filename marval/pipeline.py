@@ -137,7 +137,9 @@ def _need(name, path, what, exists=Path.is_file):
 
 def _check_files(cfg, stages, out):
     "Do the files that these stages read from elsewhere exist, and are they what they should be?"
+    from marval.guards import check_rl, watching
     reward = cfg.rl.reward
+    if "rl" in stages: check_rl(cfg)
     if cfg.data.name == "digits":
         if "rl" in stages and reward == "pickscore": raise BadInput("rl.reward=pickscore: a reward on photographs; expected classifier or clip at this scale")
         return
@@ -148,6 +150,7 @@ def _check_files(cfg, stages, out):
     if "rl" in stages:
         from marval.text_rewards import reward_file
         _need("--reward", reward_file(cfg), f"expected the weights of {reward}")
+        if cfg.rl.watch: _need("rl.watch_weights", reward_file(watching(cfg)), f"expected the weights of {cfg.rl.watch}")
     if cfg.data.names: _need("--names", cfg.data.names, "expected a JSON file {class folder: name}")
     if "teacher" in stages and cfg.teacher.checkpoint: _need("--teacher", cfg.teacher.checkpoint, "expected a teacher's weights")
     if "evaluate" in stages and cfg.evaluate.reference:
@@ -225,10 +228,10 @@ def run(cfg: Config,             # the whole configuration
                 if rank() == 0: print(f"[{i + 1}/{len(stages)}] {stage}" + {"done": ": finished before, skipped", "resume": ": goes on", "to do": ""}[found], flush=True)
                 if found == "done": continue
                 on_first(lambda: write_json(ensure_folder(folder)/"settings.json", settings(cfg, stage, out)))
-                if stage in SHARED: BODIES[stage](road(cfg, out, device))
-                else: on_first(lambda: BODIES[stage](road(cfg, out, device)))
+                body = lambda: BODIES[stage](road(cfg, out, device))
+                notes = (body() if stage in SHARED else on_first(body)) or {}
                 products = lambda: {p: sha256(out/p) for p in nodes[stage].writes}
-                on_first(lambda: write_json(folder/"done.json", {"products": products(), "seconds": round(time.monotonic() - start, 1)}))
+                on_first(lambda: write_json(folder/"done.json", {"products": products(), "seconds": round(time.monotonic() - start, 1), **notes}))
         finally: held and held.close()
     return did
 

@@ -262,7 +262,7 @@ def need(cfg: Config,  # a whole configuration
     B = max(1, getattr(cfg, stage).batch // parts)
     own, images, flops = _rl(cfg, meter, B) if stage == "rl" else (lambda peak, flops: (peak, 0, flops))(*_training(cfg, stage, meter, B))
     sharded = cfg.compute.sharding == "fsdp" and gpus > 1
-    P, trained, others = meter.params / (gpus if sharded else 1), 2 if stage == "distill" else 1, 1 if stage == "teacher" else 2
+    P, trained, others = meter.params / (gpus if sharded else 1), 2 if stage == "distill" else 1, 1 if stage == "teacher" else 3 if stage == "rl" and cfg.rl.guard else 2
     return Need(4 * trained * P + 16 * meter.unit * sharded, 4 * P, 8 * trained * P, 4 * others * P, own, images, parts * flops)
 
 # %% ../nbs/14_plan.ipynb #14-029

@@ -90,6 +90,22 @@ def _curves(out, key, label):
     return _png(draw, 9, 2.6) if logs else None
 
 
+_PRICE = (("rewards, nats or points", ("score", "watch")), ("Fréchet distance", ("fd",)), ("share, or ratio to real", ("coverage", "diversity", "accuracy")))
+
+def _price(out):
+    "PNG of what RL gains (the reward, and one that only watches) and what that costs, against iterations; None where it was not measured."
+    rows = [r for r in read_log(out/"state"/"rl") if "score" in r]
+    panels = [(label, keys) for label, keys in _PRICE if rows and any(k in rows[0] for k in keys)]
+    def draw(fig):
+        for ax, (label, keys) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels):
+            for k in keys:
+                if k in rows[0]: ax.plot([r["step"] for r in rows], [r[k] for r in rows], marker="o", ms=3, lw=1.2, label=k)
+            ax.set(xlabel="iteration of RL", ylabel=label)
+            ax.legend(frameon=False)
+            ax.grid(alpha=.3)
+    return _png(draw, 9, 2.6) if rows else None
+
+
 def _table(rows):
     "An HTML table of dictionaries with the same keys."
     line = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{html.escape(str(c))}</{tag}>" for c in cells) + "</tr>"
@@ -109,6 +125,8 @@ def write_report(out: Path,           # run folder with metrics.json, samples.pn
              "<h2>Same class, same order, same noise</h2>", image((out/"samples.png").read_bytes())]
     for key, label, title in (("loss", "loss", "Loss"), ("fd", "Fréchet distance", "Fréchet distance to the data"), ("reward", "reward", "Reward while it is being maximised")):
         if png := _curves(out, key, label): parts += [f"<h2>{title}</h2>", image(png)]
+    if png := _price(out): parts += ["<h2>What RL gains, and what it costs</h2>", image(png)]
+    if why := metrics.get("rl_stopped"): parts += [f"<p>A guard ended RL: {html.escape(why)}.</p>"]
     facts = {k: v for k, v in metrics.items() if not isinstance(v, dict)} | {f"seconds of {k}": v for k, v in metrics["seconds"].items()}
     for title, values in (("Where this comes from", facts), ("Settings", settings)): parts += [f"<h2>{title}</h2>", _table([{"": k, "value": v} for k, v in values.items()])]
     page = f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>MARVAL</title>\n<style>{_STYLE}</style>\n' + "\n".join(parts) + "\n</html>\n"

@@ -43,7 +43,7 @@ def frozen_tokens(student: MAR,        # the frozen student
 # %% ../nbs/10_rl.ipynb #10-010
 class RLStage(Watched):
     "Reward back-propagation. `student` is the running average of the policy, the network that is kept."
-    name = "rl"
+    name, baseline = "rl", True
 
     def __init__(self, cfg: Config,   # the whole configuration; `cfg.rl` and `cfg.sampling` are used
                  student: MAR,        # the distilled student: start and anchor

@@ -10,7 +10,7 @@ __all__ = ['BODIES', 'SHARED', 'Road', 'Digits', 'Photographs', 'road', 'judges'
 import math
 import os
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .config import ON_CPU, BadInput, Config
 from .files import atomic_write, ensure_folder, read_json, sha256, write_json
+from .guards import GuardedRL, cadence, watching, within_class
 from .mar import MAR, load_into, load_official, load_weights, patchify, save_weights, unpatchify
 from .parallel import on_first, rank, world
 from .train import Resident, _bar, consolidated, fit, step_seed
@@ -30,6 +31,13 @@ class Road:
     cfg: Config          # the whole configuration
     out: Path            # run folder
     device: str = "cpu"  # where tensors live
+    chunk = 16           # images decoded, or looked at by a reward, at once, where no gradient is asked for
+
+    @torch.no_grad()
+    def scores(self, images, labels, **rewards):
+        "Name -> mean reward; nothing for those that are None."
+        parts = lambda: zip(images.split(self.chunk), labels.split(self.chunk))
+        return {k: torch.cat([r(x, y) for x, y in parts()]).double().mean().item() for k, r in rewards.items() if r is not None}
 
 
 class Digits(Road):
@@ -61,15 +69,28 @@ class Digits(Road):
         return make_reward(self.cfg.rl.reward, self.judges, self.cfg)
 
     def measure(self, fake, _):
-        "What distillation and RL plot as they go: the Frechet distance to the data."
+        "What distillation plots as it goes: the Frechet distance to the data."
         from marval.evaluate import frechet
         return {"fd": frechet(fake, self.images[0], self.judges.heldout_net)}
+
+    def watch(self):
+        "The reward that only watches: the held-out judge, or one of those that can be maximised; or nothing."
+        from marval.rewards import ClassifierReward, make_reward
+        if self.cfg.rl.watch == "heldout": return ClassifierReward(self.judges.heldout_net)
+        return make_reward(self.cfg.rl.watch, self.judges, self.cfg) if self.cfg.rl.watch else None
+
+    def watcher(self, reward):
+        "(images, labels) -> what RL plots as it goes; `reward` is the one that it maximises."
+        from marval.evaluate import accuracy, coverage, diversity, features
+        net, watch, (real, real_labels) = self.judges.heldout_net, self.watch(), self.images
+        def look(fake, labels):
+            return self.measure(fake, labels) | dict(coverage=coverage(features(net, fake), features(net, real)), diversity=diversity(fake, labels, real, real_labels),
+                                                     accuracy=accuracy(fake, labels, net)) | self.scores(fake, labels, score=reward, watch=watch)
+        return look
 
 # %% ../nbs/13_stages.ipynb #13-008
 class Photographs(Road):
     "Latents on disk, judged by the towers of a text reward."
-    chunk = 16  # images decoded at once, where no gradient is asked for
-
     @cached_property
     def vae(self):
         from marval.vae import load_vae
@@ -117,6 +138,28 @@ class Photographs(Road):
 
     measure = None
 
+    def watch(self):
+        "The reward that only watches, or nothing."
+        from marval.text_rewards import make_text_reward
+        return make_text_reward(watching(self.cfg), self.names, self.device) if self.cfg.rl.watch else None
+
+    def eyes(self, *rewards):
+        "images -> features [B, F]: Inception's where `evaluate.inception` is given, else those of the first reward that has any, else nothing."
+        if not self.cfg.evaluate.inception: return next((r.features for r in rewards if hasattr(r, "features")), None)
+        from marval.features import extractor, to_bytes
+        net = extractor(weights=self.cfg.evaluate.inception, device=self.device)
+        return lambda x: net(to_bytes(x))["features"]
+
+    def watcher(self, reward):
+        "(images, labels) -> what RL plots as it goes; `reward` is the one that it maximises."
+        watch = self.watch()
+        eyes = self.eyes(watch, reward)
+        @torch.no_grad()
+        def look(images, labels):
+            found = self.scores(images, labels, score=reward, watch=watch)
+            return found | (dict(diversity=within_class(torch.cat([eyes(x) for x in images.split(self.chunk)]), labels).item()) if eyes else {})
+        return look
+
 
 def road(cfg: Config,  # `cfg.data.name` decides
          out: Path,    # run folder
@@ -125,7 +168,7 @@ def road(cfg: Config,  # `cfg.data.name` decides
     "Where a run gets its data, images and rewards from."
     return (Digits if cfg.data.name == "digits" else Photographs)(cfg, out, device)
 
-# %% ../nbs/13_stages.ipynb #13-013
+# %% ../nbs/13_stages.ipynb #13-015
 def judges(road: Digits) -> None:
     "Train the three small networks that reward and judge."
     from marval.rewards import train_judges
@@ -149,7 +192,7 @@ def cache(road: Photographs) -> None:
     build_cache(open_tree(cfg), road.vae.encode, folder, cfg.model.img_size, road.digest, max_bad=cfg.data.max_bad, device=road.device, rank=rank(), world=world())
     on_first(lambda: None)                                    # the others wait for the manifest
 
-# %% ../nbs/13_stages.ipynb #13-016
+# %% ../nbs/13_stages.ipynb #13-018
 def network(cfg: Config,  # whose `model` it must be
             path: Path,   # a product of an earlier stage
             device="cpu", # where it goes
@@ -164,8 +207,8 @@ def _keep(student, road, stage, product):
     on_first(lambda: save_weights(student, road.out/product, stage=stage, seed=cfg.seed, scale=cfg.scale, data=cfg.data.name, latent_scale=cfg.data.latent_scale, **asdict(cfg.sampling)))
 
 
-def _train(stage, road, product):
-    fit(stage, road.out/"state"/stage.name, road.cfg.seed, road.cfg.log, road.device)
+def _train(stage, road, product, **log):
+    fit(stage, road.out/"state"/stage.name, road.cfg.seed, replace(road.cfg.log, **log), road.device)
     _keep(consolidated(stage.student), road, stage.name, product)
 
 
@@ -203,13 +246,18 @@ def distill(road) -> None:
     _train(DistillStage(road.cfg, start, road.data(), road.decode, road.measure, road.device), road, "student.safetensors")
 
 
-def rl(road) -> None:
+def rl(road) -> dict | None: # {"stopped": why}, where a guard has ended it
     "The student becomes a policy."
     from marval.rl import RLStage
-    start = network(road.cfg, road.out/"student.safetensors", road.device)
-    _train(RLStage(road.cfg, start, road.reward(), road.decode, road.measure, road.device), road, "student_rl.safetensors")
+    cfg, reward, every = road.cfg, road.reward(), cadence(road.cfg)
+    start = network(cfg, road.out/"student.safetensors", road.device)
+    stage = (GuardedRL if cfg.rl.guard else RLStage)(cfg, start, reward, road.decode, road.watcher(reward) if every else None, road.device)
+    _train(stage, road, "student_rl.safetensors", metric_every=every)
+    if cfg.rl.guard and stage.stopped:
+        if rank() == 0: print(f"a guard ended RL: {stage.stopped}", flush=True)
+        return dict(stopped=stage.stopped)
 
-# %% ../nbs/13_stages.ipynb #13-020
+# %% ../nbs/13_stages.ipynb #13-022
 @contextmanager
 def threads(cfg: Config, # its scale decides
             n: int,      # at most so many
@@ -269,7 +317,7 @@ def draw_images(cfg: Config,   # the whole configuration: K, guidance, batch, se
             bar.update()
     return torch.cat(parts)
 
-# %% ../nbs/13_stages.ipynb #13-021
+# %% ../nbs/13_stages.ipynb #13-023
 _MODELS = dict(teacher=("teacher", "chain"), one_step_init=("teacher", "one step"), student=("student", "one step"), student_rl=("student_rl", "one step"))
 
 
@@ -316,9 +364,10 @@ def _history(out):
 def _facts(road, n, seconds):
     from marval.evaluate import run_provenance
     cfg, s = road.cfg, road.cfg.sampling
-    return run_provenance() | dict(seed=cfg.seed, scale=cfg.scale, K=s.K, cfg=s.cfg, chain_steps=s.chain_steps, n=n, seconds=seconds)
+    stopped = {f"{f.parent.name}_stopped": read_json(f)["stopped"] for f in (road.out/"state").glob("*/done.json") if "stopped" in read_json(f)}
+    return run_provenance() | dict(seed=cfg.seed, scale=cfg.scale, K=s.K, cfg=s.cfg, chain_steps=s.chain_steps, n=n, seconds=seconds) | stopped
 
-# %% ../nbs/13_stages.ipynb #13-022
+# %% ../nbs/13_stages.ipynb #13-024
 def _png(road, images, **kwargs):
     from marval.report import samples_png
     png = samples_png(images, **kwargs)
@@ -372,7 +421,7 @@ def _evaluate_photographs(road, figures):
     _png(road, images, rows=min(2, math.ceil(n / columns)), columns=columns)
     write_json(road.out/"metrics.json", metrics)
 
-# %% ../nbs/13_stages.ipynb #13-023
+# %% ../nbs/13_stages.ipynb #13-025
 def evaluate(road) -> None:
     "Draw every model's images, measure them, print one table, write metrics.json and samples.png; of digits report.html too, of photographs some pictures. Digits are rank 0's, photographs are drawn and measured by all."
     if isinstance(road, Digits): on_first(_evaluate_digits, road)

@@ -29,14 +29,16 @@ from .sampling import Draw, draw_noise, random_orders, sample
 class Stage(Protocol):
     "What `fit` needs to know of a stage."
     name: str          # as in `teacher`: part of every seed and every message
-    iterations: int    # steps of the whole stage
+    iterations: int    # steps of the whole stage; `heed` may bring the end forward
     student: nn.Module # the network that pictures and measures are drawn with
+    baseline: bool     # measure before the first step, too?
 
     def modules(self) -> dict[str, nn.Module]: "Everything with weights or buffers that must survive, running averages included."
     def optimizers(self) -> dict[str, torch.optim.Optimizer]: "All optimisers, by name."
     def step(self, i: int, generator: torch.Generator) -> dict[str, Tensor]: "One whole update. Returns 0-d tensors to log, `loss` first; never waits for the device."
     def pictures(self, i: int) -> Tensor | None: "[B, C, H, W] images in [0, 1] on noise of their own, the same at every call; or nothing."
     def measure(self, i: int) -> dict[str, float]: "Figures worth a curve, as in `{'fd': 2.9}`; may be empty."
+    def heed(self, i: int, figures: dict[str, float]) -> None: "What to make of them, after step i; all ranks are told the same. To end the stage here, set `iterations` to i."
 
 # %% ../nbs/07_train.ipynb #07-007
 def step_seed(seed: int, # seed of the run
@@ -300,8 +302,9 @@ def save_png(path: Path | str, # where
 class Watched:
     "How a stage's `student` is drawn, pictured and measured as training goes on."
     student: MAR
+    baseline = False
 
-    def __init__(self, cfg: Config,     # the whole configuration; `cfg.sampling`, `cfg.model` and `cfg.log` are used
+    def __init__(self, cfg: Config,     # the whole configuration; `cfg.sampling`, `cfg.model`, `cfg.log` and `cfg.evaluate.batch` are used
                  draw: Draw,            # how the student draws a token
                  decode=None,           # latents [B, C, H, W] -> images in [0, 1]; None = the latents are pixels in [-1, 1]
                  measure_fn=None,       # (images, labels [B]) -> {name: value}, called every `log.metric_every` steps
@@ -311,25 +314,34 @@ class Watched:
         self.decode = decode or (lambda z: ((z + 1) / 2).clamp(0, 1))
 
     @torch.no_grad()
-    def images(self, n: int,     # how many, classes in turn
+    def images(self, n: int,     # how many
                seed: int,        # of orders and noise, the same at every call
+               classes: int = 0, # so many classes in turn, from all over the list; 0 = all
                ) -> tuple[Tensor, Tensor]: # images [n, C, H, W] in [0, 1], labels [n]
-        "Images of the student as it is now."
-        m, s = self.cfg.model, self.cfg.sampling
-        g = torch.Generator(self.device).manual_seed(seed)
-        labels = torch.arange(n, device=self.device) % m.class_num
+        "Images of the student as it is now, `evaluate.batch` at a time."
+        m, s, b = self.cfg.model, self.cfg.sampling, self.cfg.evaluate.batch
+        g, classes = torch.Generator(self.device).manual_seed(seed), classes or m.class_num
+        labels = torch.arange(n, device=self.device) % classes * m.class_num // classes
         orders = random_orders(n, m.seq_len, generator=g, device=self.device)
         noise = draw_noise(n, m.seq_len, s.K, m.token_dim, self.draw.rounds, generator=g, device=self.device, dtype=self.student.mask_token.dtype, reveal=s.reveal)
-        tokens = sample(self.student, labels, self.draw, s.K, s.cfg, s.cfg_schedule, orders=orders, noise=noise, reveal=s.reveal)
-        return self.decode(unpatchify(tokens, m.patch_size)), labels
+        noise, parts = [z.unflatten(1, (n, -1)) for z in noise], []
+        for i in range(0, n, b):
+            mine = [z[:, i:i + b].flatten(1, 2) for z in noise]
+            tokens = sample(self.student, labels[i:i + b], self.draw, s.K, s.cfg, s.cfg_schedule, orders=orders[i:i + b], noise=mine, reveal=s.reveal)
+            parts.append(self.decode(unpatchify(tokens, m.patch_size)))
+        return torch.cat(parts), labels
 
     def pictures(self, i: int) -> Tensor:
         "Four of each of the first ten classes."
         return self.images(4 * min(self.cfg.model.class_num, 10), seed=0)[0]
 
     def measure(self, i: int) -> dict[str, float]:
-        "What `measure_fn` says of `log.metric_n` images."
-        return self.measure_fn(*self.images(self.cfg.log.metric_n, seed=1)) if self.measure_fn else {}
+        "What `measure_fn` says of `log.metric_n` images, four of a class at least."
+        n = self.cfg.log.metric_n
+        return self.measure_fn(*self.images(n, seed=1, classes=min(self.cfg.model.class_num, max(1, n // 4)))) if self.measure_fn else {}
+
+    def heed(self, i: int, figures: dict[str, float]) -> None:
+        "Nothing: curves are for people."
 
 # %% ../nbs/07_train.ipynb #07-043
 class Interrupted(Exception):
@@ -368,34 +380,45 @@ def fit(stage: Stage,      # what to train; filled from the checkpoint where the
         ) -> None:
     """Train a stage to its end, from wherever its folder says it is. Returns at once if it is finished. Raises `Interrupted` after SIGINT or SIGTERM (saved),
     `Diverged` if a logged value is not finite, `BadInput` for a checkpoint that doesn't fit or a folder that can't be written."""
-    folder, n = Path(folder), stage.iterations
+    folder = Path(folder)
     on_first(ensure_folder, folder)
     with on_first(_Journal, folder) or nullcontext() as journal, _Signals() as signals:
         last = on_first(newest, folder, stage.name, share=True)
         step, spent, window = load_checkpoint(last, stage, seed, device)
         agree(step, f"the step of {last}")
-        if step >= n: return
-        on_first(lambda: journal.resume(step))
+        if step >= stage.iterations: return
+        on_first(lambda: journal.resume(step or -1))
         start = time.monotonic() - spent
         seconds = lambda: time.monotonic() - start
-        due = lambda every: every and (step % every == 0 or step == n)
-        with _bar(stage.name, step, n, progress and rank() == 0) as bar:
-            while step < n:
+        due = lambda every: every and (step % every == 0 or step == stage.iterations)
+
+        def tell():
+            nonlocal window
+            means, window = _means(window, stage.name, step), []
+            on_first(lambda: journal.row(step, seconds(), means))
+            bar.set_postfix_str(f"loss {means['loss']:.4g}", refresh=False)
+        def look():
+            def measured():
+                if figures := stage.measure(step): journal.row(step, seconds(), figures)
+                return figures
+            with gathered(stage.student): figures = on_first(measured, share=True)
+            stage.heed(step, figures)
+            if step == stage.iterations and window: tell()                # the end has come between two rows
+
+        if step == 0 and log.metric_every and stage.baseline: look()
+        with _bar(stage.name, step, stage.iterations, progress and rank() == 0) as bar:
+            while step < stage.iterations:
                 window.append(stage.step(step, step_generator(seed, stage.name, step, device)))
                 step += 1
-                if due(_LOG_EVERY):
-                    means, window = _means(window, stage.name, step), []
-                    on_first(lambda: journal.row(step, seconds(), means))
-                    bar.set_postfix_str(f"loss {means['loss']:.4g}", refresh=False)
+                if due(_LOG_EVERY): tell()
                 bar.update()
-                if due(log.sample_every) or due(log.metric_every):
-                    with gathered(stage.student):
-                        if due(log.sample_every): on_first(lambda: (images := stage.pictures(step)) is not None and journal.picture(step, images))
-                        if due(log.metric_every): on_first(lambda: (figures := stage.measure(step)) and journal.row(step, seconds(), figures))
+                if due(log.sample_every):
+                    with gathered(stage.student): on_first(lambda: (images := stage.pictures(step)) is not None and journal.picture(step, images))
+                if due(log.metric_every): look()
                 stop = anyone(signals.came)
                 if stop or due(log.checkpoint_every):
                     window = [{k: mean(v) for k, v in w.items()} for w in window]
                     _means(window, stage.name, step)
                     on_first(lambda: journal.sync())
                     save_checkpoint(folder, stage, seed, step, seconds(), window)
-                if stop: raise Interrupted(f"{stage.name} stopped at step {step} of {n} and is saved; run the same command again to go on")
+                if stop: raise Interrupted(f"{stage.name} stopped at step {step} of {stage.iterations} and is saved; run the same command again to go on")

@@ -250,3 +250,33 @@ def test_damaged_cache(small, trained, tmp_path):
     gone = copy("gone")
     (gone / "cache" / "manifest.json").unlink()
     assert "distill needs cache/manifest.json" in refusal(cfg, gone, "distill")
+
+
+def test_guard_and_watch(small, trained, tmp_path):
+    "RL that is measured by a second text reward, and ends where that falls; what it was measured by is in the log, why it ended in done.json and, after an evaluation, in metrics.json."
+    shutil.copytree(trained, out := tmp_path / "run")
+    for stage in ("rl", "evaluate"): shutil.rmtree(out / "state" / stage)
+    more = ["rl.watch=clip", f"rl.watch_weights={small / 'towers.bin'}", "rl.metric_every=2", "log.metric_n=20"]
+    cfg = settings(small, *more, "rl.guard=watch 1e-9, diversity 1e-9", "rl.lr=1e-2", "rl.anchor=0", teacher="")
+    assert pipeline.run(cfg, ("rl", "evaluate"), out) == {"rl": "done", "evaluate": "done"}
+    rows = [r for r in map(json.loads, (out / "state" / "rl" / "log.jsonl").read_text().splitlines()) if "score" in r]
+    assert rows[0]["step"] == 0 and all(r["watch"] == pytest.approx(r["score"], rel=1e-5) and 0 < r["diversity"] < 2 for r in rows)
+    said = json.loads((out / "state" / "rl" / "done.json").read_text())["stopped"]
+    assert f"ended at step {rows[-1]['step']} of 8" in said and json.loads((out / "metrics.json").read_text())["rl_stopped"] == said
+    for guard, clue in (("fd 0.1", "fd is not measured on photographs"), ("diversity", "no guard")): assert clue in refusal(override(cfg, [f"rl.guard={guard}"]), tmp_path / "new")
+    assert "rl.watch_weights nowhere.bin: no such file" in refusal(override(cfg, ["rl.watch_weights=nowhere.bin"]), tmp_path / "new")
+
+
+def test_best_of(small, trained, tmp_path):
+    "The command's picture is made of the candidates that the run's reward likes best."
+    from marval.cli import load, sample_cli
+    from marval.stages import road
+    from marval.train import image_grid, save_png, step_seed
+    argv = ["--weights", str(trained / "student.safetensors"), "--vae", str(small / "kl16.ckpt"), "--labels", "0", "4", "--n", "2", "--best-of", "3", "--out", str(tmp_path / "best.png")]
+    assert sample_cli(argv) == 0 and sample_cli([*argv[:-1], str(tmp_path / "same.png"), "--reward", str(small / "towers.bin")]) == 0
+    sampler, reward, labels = load(trained / "student.safetensors", vae=small / "kl16.ckpt"), road(settings(small, teacher=""), trained).reward(), torch.tensor([0, 0, 4, 4])
+    images = torch.stack([sampler.sample(labels, seed=s) for s in (0, step_seed(0, "best-of", 1), step_seed(0, "best-of", 2))])
+    winner = torch.stack([reward(x, labels) for x in images]).argmax(0)
+    assert winner.sum() > 0
+    save_png(tmp_path / "mine.png", image_grid(images[winner, torch.arange(4)], columns=2))
+    assert len({(tmp_path / f"{name}.png").read_bytes() for name in ("best", "same", "mine")}) == 1
