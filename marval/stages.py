@@ -111,8 +111,8 @@ class Photographs(Road):
         return to_images(x.float())
 
     def reward(self):
-        "PickScore or CLIP score."
-        from marval.text_rewards import make_text_reward
+        "Scores of text and image, one or a sum."
+        from marval.reward_sums import make_text_reward
         return make_text_reward(self.cfg, self.names, self.device)
 
     measure = None

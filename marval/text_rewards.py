@@ -66,6 +66,14 @@ class OfClasses(nn.Module):
                 ) -> Tensor:             # [B] score
         return self.inner.score(images, self.rows(labels, template))
 
+    def in_parts(self,
+                 images: Tensor,          # [B, 3, H, W] in [0, 1]
+                 labels: Tensor,          # [B] long
+                 template: Tensor | None = None, # [B] long, see `rows`
+                 ) -> tuple[Tensor, dict[str, Tensor]]: # [B] score; of a sum each part by itself, name: [B]
+        encoded = self.rows(labels, template)
+        return self.inner.in_parts(images, encoded) if hasattr(self.inner, "in_parts") else (self.inner.score(images, encoded), {})
+
 # %% ../nbs/09b_text_rewards.ipynb #09-012
 @dataclass(frozen=True)
 class Architecture:
