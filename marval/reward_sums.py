@@ -42,7 +42,7 @@ class WeightedSum(Score):
                  ) -> tuple[Tensor, dict[str, Tensor]]: # [B] the sum; name: [B] each score by itself
         pieces, scores = encoded.split([shape.numel() for shape, _ in self.kinds], 1), {}
         for (name, part), piece, (shape, dtype) in zip(self.inner.items(), pieces, self.kinds):
-            e = piece.reshape(-1, *shape)
+            e = piece.reshape(len(piece), *shape)
             scores[name] = part.score(images, e if dtype.is_floating_point else e.to(dtype))
         return sum(self.weights[name] * s for name, s in scores.items()), scores
 

@@ -116,6 +116,22 @@ def test_public_checkpoint_and_ours(small, tmp_path):
     assert not torch.equal(load_weights(tmp_path / "d" / "teacher.safetensors").z_proj.weight, kept[0]["z_proj.weight"])
 
 
+def test_sum_of_rewards(small, trained, tmp_path):
+    "RL on a sum of two scores and two prompts: each part is logged, and the sum is what they add up to."
+    shutil.copytree(trained, out := tmp_path / "run")
+    for stage in ("rl", "evaluate"): shutil.rmtree(out / "state" / stage)
+    torch.manual_seed(1)
+    torch.save({"weight": torch.randn(1, 32), "bias": torch.zeros(1)}, small / "head.pth")
+    (small / "prompts.txt").write_text("# two of them\na photo of {}\n\na painting of {}\n")
+    files = f"clip={small / 'towers.bin'},aesthetic={small / 'head.pth'},aesthetic.tower={small / 'towers.bin'}"
+    cfg = settings(small, "rl.reward=clip + 0.5 aesthetic", f"rl.reward_weights={files}", f"rl.reward_model=clip={small / 'towers.json'},aesthetic={small / 'towers.json'}", f"rl.prompts={small / 'prompts.txt'}", teacher="")
+    assert pipeline.guarded(cfg, ("rl",), out) == (0, "")
+    rows = [{k: float(v) for k, v in json.loads(line).items() if k.startswith("reward")} for line in (out / "state" / "rl" / "log.jsonl").read_text().splitlines()]
+    assert len(rows) == cfg.rl.iterations
+    for r in rows: assert r["reward"] == pytest.approx(r["reward_clip"] + 0.5 * r["reward_aesthetic"], rel=1e-4, abs=1e-4)
+    assert len({r["reward_aesthetic"] for r in rows}) > 1
+
+
 def test_figures(small, trained, tmp_path, monkeypatch):
     "With a reference, every model's FID and its kin stand in metrics.json; the network behind them is a small one here."
     from marval import features
