@@ -208,7 +208,7 @@ def rewards_cost(cfg: Config,  # `rl.reward` and `rl.reward_model`
     costs = [reward_cost(cfg.model, models[name], cfg.compute.precision) if name in models else image_reward_cost(cfg.model, cfg.compute.precision) for name in reward_terms(cfg.rl.reward)]
     return Through(*(sum(getattr(c, k) for c in costs) for k in ("weights", "kept")), max(c.inside for c in costs), sum(c.flops for c in costs))
 
-# %% ../nbs/14_plan.ipynb #14-023
+# %% ../nbs/14_plan.ipynb #14-025
 @dataclass(frozen=True)
 class Need:
     "What a stage needs of one GPU, in bytes, and all in all."
@@ -290,7 +290,7 @@ def need(cfg: Config,  # a whole configuration
     P, trained, others = meter.params / (gpus if sharded else 1), 2 if stage == "distill" else 1, 1 if stage == "teacher" else 2
     return Need(4 * trained * P + 16 * meter.unit * sharded, 4 * P, 8 * trained * P, 4 * others * P, own, images, parts * flops)
 
-# %% ../nbs/14_plan.ipynb #14-029
+# %% ../nbs/14_plan.ipynb #14-031
 @dataclass(frozen=True)
 class GPU:
     "A type of GPU."
