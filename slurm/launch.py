@@ -74,7 +74,7 @@ def arguments(argv):
 
 def configuration(args):
     "Preset, files and single values."
-    from marval.reward_sums import absolute_files
+    if args.reward: from marval.reward_sums import absolute_files
     cfg = preset(args.scale, args.seed)
     given = {name: path for name in FILES if (path := getattr(args, name)) is not None}
     if given and cfg.data.name == "digits": raise BadInput(f"--{next(iter(given))}: scale {args.scale} brings all it needs; expected another scale, or no such option")
