@@ -9,6 +9,7 @@ __all__ = ['SCALES', 'ON_CPU', 'BadInput', 'DataConfig', 'ModelConfig', 'Samplin
 
 # %% ../nbs/00_config.ipynb #00-003
 import math
+import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 
 # %% ../nbs/00_config.ipynb #00-005
@@ -133,10 +134,11 @@ class RLConfig:
     "Back-propagating a reward through the K-step roll-out."
     iterations: int = _of(25_022, "paper", "optimiser steps (5 epochs; the batch that turns them into steps is ours)")
     batch: int = _of(256, "ours", "images per step, over all devices")
-    reward: str = _of("pickscore", "paper", "pickscore | clip | classifier (digits alone)")
-    reward_model: str = _of("ViT-H-14", "paper", "text rewards on photographs: the two towers, an architecture of open_clip or a JSON file of one")
-    reward_weights: str = _of("", "ours", "text rewards on photographs: file of the towers' weights, PickScore's own or open_clip's")
+    reward: str = _of("pickscore", "paper", "pickscore | clip | hpsv2 | aesthetic | imagereward, or a sum such as pickscore + 0.5 aesthetic; digits: classifier | clip")
+    reward_model: str = _of("ViT-H-14", "paper", "rewards on photographs: the towers, an architecture of open_clip or a JSON file of one; for several, NAME=TOWERS,NAME=TOWERS")
+    reward_weights: str = _of("", "ours", "rewards on photographs: file of the weights; for several, NAME=FILE,NAME=FILE; what is not given is looked for in Hugging Face's cache")
     prompt: str = _of("a high-quality and harmonious picture of {}", "paper", "prompt; {} is the name of the class")
+    prompts: str = _of("", "ours", "rewards on photographs: text file of several prompts, one a line, each roll-out gets one; empty = `prompt` alone")
     anchor: float = _of(3.0, "ours", "weight of the per-token squared distance to the frozen student; 0 = none, the paper")
     guard: str = _of("", "ours", "metric and share, as in `diversity 0.1, fd 0.5`: training ends once a metric is worse than before the first step by more than that share of it; empty = never")
     watch: str = _of("", "ours", "a second reward, measured and never maximised: heldout | clip | classifier on digits, any text reward on photographs; empty = none")
@@ -217,12 +219,25 @@ class Config:
 
 # %% ../nbs/00_config.ipynb #00-010
 _CHOICES = {"data.name": ("digits", "imagenet"), "sampling.cfg_schedule": ("constant", "linear"), "sampling.reveal": ("cosine", "linear", "square", "cubic", "arccos", "root"), "distill.loss": ("sim", "gsim", "sid"),
-            "distill.distance": ("huber", "squared"), "distill.weight": ("eps", "score", "x0"), "rl.reward": ("classifier", "clip", "pickscore"), "rl.recompute": ("steps", "none"),
+            "distill.distance": ("huber", "squared"), "distill.weight": ("eps", "score", "x0"), "rl.recompute": ("steps", "none"),
             "compute.precision": ("fp32", "bf16"), "teacher.which": ("model_ema", "model"), "compute.sharding": ("ddp", "fsdp"), "compute.compile": ("off", "on"), "compute.recompute": ("none", "blocks")}
 _ZERO_IS_FINE = {"seed", "data.max_bad", "evaluate.pictures", "teacher.warmup", "distill.warmup", "rl.warmup", "rl.anchor", "rl.grad_steps", "rl.metric_every", "log.metric_every", "sampling.cfg", "sampling.temperature", "sampling.clip",
                  "distill.alpha", "distill.t_min", "distill.phi_first"}
 _SHARES = {"model.dropout", "teacher.label_drop", "teacher.mask_min"} | {f"{s}.{k}" for s in ("teacher", "distill", "rl")
            for k in ("beta1", "beta2", "weight_decay", "ema", "decay_from", "decay_to")}
+
+REWARDS = ("pickscore", "clip", "hpsv2", "aesthetic", "imagereward", "classifier")
+
+def reward_terms(text: str           # as in `rl.reward`: pickscore + 0.5 aesthetic
+                 ) -> dict[str, float]: # name: weight
+    "The terms of a sum of rewards. Raises `BadInput` for anything else, an unknown or repeated name, a weight that isn't positive."
+    terms = {}
+    for term in text.split("+"):
+        found = re.fullmatch(r"\s*(?:(\d*\.?\d+(?:e-?\d+)?)\s*\*?\s*)?([a-z]\w*)\s*", term)
+        if not found or found[2] not in REWARDS or found[2] in terms or not 0 < float(found[1] or 1) < math.inf or "classifier" in text and "+" in text:
+            raise BadInput(f"rl.reward={text!r}: {term.strip()!r} is not understood; expected one of {', '.join(REWARDS)}, or a sum such as pickscore + 0.5 aesthetic (positive weights, each name once, classifier alone)")
+        terms[found[2]] = float(found[1] or 1)
+    return terms
 
 def _flat(cfg, prefix=""):
     "Yield (dotted name, value) for every leaf of a config."
@@ -250,6 +265,7 @@ def _check(c):
     if not 2 <= s.chain_steps <= 1000: raise BadInput(f"sampling.chain_steps={s.chain_steps}: expected 2 to 1000")
     if not c.distill.t_min < c.distill.t_max <= 1000:
         raise BadInput(f"distill.t_min={c.distill.t_min}, distill.t_max={c.distill.t_max}: expected 0 <= t_min < t_max <= 1000")
+    reward_terms(c.rl.reward)
     if c.rl.grad_steps > s.K: raise BadInput(f"rl.grad_steps={c.rl.grad_steps}: expected 0 to sampling.K = {s.K}")
 
 # %% ../nbs/00_config.ipynb #00-013

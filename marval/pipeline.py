@@ -141,16 +141,19 @@ def _check_files(cfg, stages, out):
     reward = cfg.rl.reward
     if "rl" in stages: check_rl(cfg)
     if cfg.data.name == "digits":
-        if "rl" in stages and reward == "pickscore": raise BadInput("rl.reward=pickscore: a reward on photographs; expected classifier or clip at this scale")
+        if "rl" in stages and reward not in ("classifier", "clip"): raise BadInput(f"rl.reward={reward}: a reward on photographs; expected classifier or clip at this scale")
+        if "rl" in stages and cfg.rl.prompts: raise BadInput(f"rl.prompts={cfg.rl.prompts}: for rewards on photographs; expected none at this scale")
         return
-    if "rl" in stages and reward == "classifier": raise BadInput("rl.reward=classifier: a reward on digits; expected pickscore or clip at this scale")
+    if "rl" in stages and reward == "classifier": raise BadInput("rl.reward=classifier: a reward on digits; expected pickscore, clip, hpsv2, aesthetic, imagereward or a sum at this scale")
     latents = set(stages) - {"teacher"} or not cfg.teacher.checkpoint        # a teacher from a file needs no images
     if "cache" in stages: _need("--data", cfg.data.path, f"scale {cfg.scale} needs a folder of images, ROOT/CLASS/IMAGE", Path.is_dir)
     if latents: _need("--vae", cfg.data.vae, f"scale {cfg.scale} needs the tokenizer's weights, kl16.ckpt")
     if "rl" in stages:
-        from marval.text_rewards import reward_file
-        _need("--reward", reward_file(cfg), f"expected the weights of {reward}")
-        if cfg.rl.watch: _need("rl.watch_weights", reward_file(watching(cfg)), f"expected the weights of {cfg.rl.watch}")
+        from marval.reward_sums import prompt_templates, reward_files
+        for name, path in reward_files(cfg).items(): _need("--reward", path, f"expected the weights of {name}")
+        prompt_templates(cfg)
+        if cfg.rl.watch:
+            for name, path in reward_files(watching(cfg)).items(): _need("rl.watch_weights", path, f"expected the weights of {name}")
     if cfg.data.names: _need("--names", cfg.data.names, "expected a JSON file {class folder: name}")
     if "teacher" in stages and cfg.teacher.checkpoint: _need("--teacher", cfg.teacher.checkpoint, "expected a teacher's weights")
     if "evaluate" in stages and cfg.evaluate.reference:

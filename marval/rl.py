@@ -47,7 +47,7 @@ class RLStage(Watched):
 
     def __init__(self, cfg: Config,   # the whole configuration; `cfg.rl` and `cfg.sampling` are used
                  student: MAR,        # the distilled student: start and anchor
-                 reward,              # (images [B, C, H, W] in [0, 1], labels [B]) -> [B], differentiable in the images
+                 reward,              # (images [B, C, H, W] in [0, 1], labels [B]) -> [B], differentiable in the images; an `OfClasses` tells its parts too
                  decode,              # latents -> images, differentiable
                  measure_fn=None,     # (images, labels) -> {name: value}
                  device="cpu",        # where everything lives
@@ -71,19 +71,22 @@ class RLStage(Watched):
     def losses(self, labels: Tensor,         # [B] classes
                orders: Tensor,               # [B, L] orders
                noise: list[Tensor],          # K tensors [1, B n_k, D], entry noise
-               ) -> dict[str, Tensor]:       # 0-d: loss, mean reward, anchor
+               *template: Tensor,            # [B] which of several prompts; none where there is one
+               ) -> dict[str, Tensor]:       # 0-d: loss, mean reward, anchor; of a sum of rewards also each part's mean
         r"$L_{\text{RL}} = -E[R] + w_A E[A]$ of one roll-out with gradients."
         m, r = self.cfg.model, self.r
         with autocast(self.cfg.compute.precision, self.device):
             tokens = sample(self.policy, labels, self.draw, self.cfg.sampling.K, orders=orders, noise=noise, checkpoint=r.recompute == "steps", grad_steps=r.grad_steps, reveal=self.cfg.sampling.reveal)
-        reward = self.reward(self.decode(unpatchify(tokens, m.patch_size)), labels).mean()
+        images = self.decode(unpatchify(tokens, m.patch_size))
+        scores, parts = self.reward.in_parts(images, labels, *template) if hasattr(self.reward, "in_parts") else (self.reward(images, labels), {})
+        reward = scores.mean()
         loss = -reward
         anchor = torch.zeros((), device=self.device)
         if r.anchor:
             with autocast(self.cfg.compute.precision, self.device): target = frozen_tokens(self.frozen, self.draw, tokens.detach(), orders, noise, labels)
             anchor = F.mse_loss(tokens, target)
             loss = loss + r.anchor * anchor
-        return dict(loss=loss, reward=reward, anchor=anchor)
+        return dict(loss=loss, reward=reward, anchor=anchor, **{f"reward_{name}": s.mean() for name, s in parts.items()})
 
     def step(self, i: int,               # iteration
              generator: torch.Generator, # the step's own randomness
@@ -93,7 +96,9 @@ class RLStage(Watched):
         labels = torch.randint(m.class_num, (r.batch,), generator=generator, device=device)
         orders = random_orders(r.batch, m.seq_len, generator=generator, device=device)
         noise = draw_noise(r.batch, m.seq_len, s.K, m.token_dim, self.draw.rounds, generator=generator, device=device, dtype=self.policy.mask_token.dtype, reveal=s.reveal)
-        means = backward(self.parts, lambda part: self.losses(part.take(labels), part.take(orders), [part.take(z, dim=1) for z in noise]))
+        T = getattr(self.reward, "templates", 1)
+        template = [torch.randint(T, (r.batch,), generator=generator, device=device)] if T > 1 else []
+        means = backward(self.parts, lambda part: self.losses(part.take(labels), part.take(orders), [part.take(z, dim=1) for z in noise], *map(part.take, template)))
         clip_and_step(self.opt, self.policy.parameters(), r.clip, r.lr * lr_factor(i, self.iterations, r.warmup, r.decay_from, r.decay_to))
         self.ema.update(self.policy)
         return means

@@ -132,20 +132,21 @@ class Photographs(Road):
         return to_images(x.float())
 
     def reward(self):
-        "PickScore or CLIP score."
-        from marval.text_rewards import make_text_reward
+        "Scores of text and image, one or a sum."
+        from marval.reward_sums import make_text_reward
         return make_text_reward(self.cfg, self.names, self.device)
 
     measure = None
 
     def watch(self):
         "The reward that only watches, or nothing."
-        from marval.text_rewards import make_text_reward
+        from marval.reward_sums import make_text_reward
         return make_text_reward(watching(self.cfg), self.names, self.device) if self.cfg.rl.watch else None
 
     def eyes(self, *rewards):
         "images -> features [B, F]: Inception's where `evaluate.inception` is given, else those of the first reward that has any, else nothing."
-        if not self.cfg.evaluate.inception: return next((r.features for r in rewards if hasattr(r, "features")), None)
+        from marval.text_rewards import TextScore
+        if not self.cfg.evaluate.inception: return next((part.features for r in rewards if r for part in r.modules() if isinstance(part, TextScore)), None)
         from marval.features import extractor, to_bytes
         net = extractor(weights=self.cfg.evaluate.inception, device=self.device)
         return lambda x: net(to_bytes(x))["features"]

@@ -57,7 +57,7 @@ def arguments(argv):
     g.add_argument("--data", metavar="DIR", help="images, DIR/CLASS/IMAGE")
     g.add_argument("--vae", metavar="FILE", help="weights of the tokenizer, MAR's kl16.ckpt")
     g.add_argument("--teacher", metavar="FILE", help="a trained teacher, MAR's public checkpoint or ours; without it, one is trained")
-    g.add_argument("--reward", metavar="FILE", help="weights of the reward's towers, PickScore's or a CLIP's (default: PickScore from Hugging Face's cache)")
+    g.add_argument("--reward", metavar="FILE", help="weights of the reward, such as PickScore's; of a sum, NAME=FILE,NAME=FILE (default: from Hugging Face's cache)")
     g.add_argument("--names", metavar="FILE", help="JSON {class folder: name}, for prompts (default: ImageNet's names)")
     g = p.add_argument_group("what each job asks for")
     g.add_argument("--nodes", type=int, metavar="N", help="machines (default: 1)")
@@ -74,12 +74,14 @@ def arguments(argv):
 
 def configuration(args):
     "Preset, files and single values."
+    if args.reward: from marval.reward_sums import absolute_files
     cfg = preset(args.scale, args.seed)
     given = {name: path for name in FILES if (path := getattr(args, name)) is not None}
     if given and cfg.data.name == "digits": raise BadInput(f"--{next(iter(given))}: scale {args.scale} brings all it needs; expected another scale, or no such option")
     for name, path in given.items():
         if not path: raise BadInput(f"--{name} '': expected a path")
-    return override(cfg, [*(f"{FILES[name]}={Path(path).expanduser().absolute()}" for name, path in given.items()), *args.set])
+    absolute = lambda name, path: absolute_files(path) if name == "reward" else Path(path).expanduser().absolute()
+    return override(cfg, [*(f"{FILES[name]}={absolute(name, path)}" for name, path in given.items()), *args.set])
 
 
 def pick_cluster(wish: str, dry_run: bool) -> str:

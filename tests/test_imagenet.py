@@ -116,6 +116,21 @@ def test_public_checkpoint_and_ours(small, tmp_path):
     assert not torch.equal(load_weights(tmp_path / "d" / "teacher.safetensors").z_proj.weight, kept[0]["z_proj.weight"])
 
 
+def test_sum_of_rewards(small, trained, tmp_path):
+    "RL on a sum of two scores and two prompts: each part is logged, and the sum is what they add up to."
+    shutil.copytree(trained, out := tmp_path / "run")
+    for stage in ("rl", "evaluate"): shutil.rmtree(out / "state" / stage)
+    torch.manual_seed(1)
+    torch.save({"weight": torch.randn(1, 32), "bias": torch.zeros(1)}, small / "head.pth")
+    (small / "prompts.txt").write_text("# two of them\na photo of {}\n\na painting of {}\n")
+    files = f"clip={small / 'towers.bin'},aesthetic={small / 'head.pth'},aesthetic.tower={small / 'towers.bin'}"
+    cfg = settings(small, "rl.reward=clip + 0.5 aesthetic", f"rl.reward_weights={files}", f"rl.reward_model=clip={small / 'towers.json'},aesthetic={small / 'towers.json'}", f"rl.prompts={small / 'prompts.txt'}", teacher="")
+    assert pipeline.guarded(cfg, ("rl",), out) == (0, "")
+    rows = [{k: float(v) for k, v in json.loads(line).items() if k.startswith("reward")} for line in (out / "state" / "rl" / "log.jsonl").read_text().splitlines()]
+    assert rows
+    for r in rows: assert r["reward"] == pytest.approx(r["reward_clip"] + 0.5 * r["reward_aesthetic"], rel=1e-4, abs=1e-4)
+
+
 def test_figures(small, trained, tmp_path, monkeypatch):
     "With a reference, every model's FID and its kin stand in metrics.json; the network behind them is a small one here."
     from marval import features
@@ -205,7 +220,10 @@ BAD = {
     "teacher of another scale": (["teacher.checkpoint={small}/wide.pth"], "wide.pth is another network: width=128; expected width=64 (scale tiny)"),
     "no reward": (["rl.reward_weights="], "--reward is missing"),
     "reward not there": (["rl.reward_weights=nowhere.bin"], "--reward nowhere.bin: no such file"),
-    "reward of digits": (["rl.reward=classifier"], "expected pickscore or clip"),
+    "reward of digits": (["rl.reward=classifier"], "expected pickscore, clip"),
+    "one file for a sum": (["rl.reward=clip + 0.5 aesthetic"], "one file for several rewards"),
+    "a file of a sum not there": (["rl.reward=clip + 0.5 aesthetic", "rl.reward_weights=clip={small}/towers.bin,aesthetic=nowhere.pth,aesthetic.tower={small}/towers.bin"], "--reward nowhere.pth: no such file"),
+    "prompts not there": (["rl.prompts=nowhere.txt"], "rl.prompts nowhere.txt: No such file"),
     "no reference": (["evaluate.reference=nowhere.npz"], "evaluate.reference nowhere.npz: no such file"),
     "no Inception": (["evaluate.reference={small}/tree", "evaluate.inception=nowhere.pth"], "nowhere.pth"),
     "no names": (["data.names=nowhere.json"], "--names nowhere.json: no such file"),
