@@ -189,7 +189,7 @@ class ImageReward(nn.Module):
     def encode(self, prompts: list[str],  # n sentences
                ) -> Tensor:               # [n, 2, 35] long, on the CPU: word pieces; 1 where there is one
         "Raises `BadInput` for a prompt that would be cut off."
-        found = self.words.encode_batch(list(prompts))
+        found = [self.words.encode(s) for s in prompts]
         for s, f in zip(prompts, found):
             if len(f.ids) > _LENGTH: raise BadInput(f"prompt {s!r} has {len(f.ids) - 2} word pieces: expected at most {_LENGTH - 2}")
         return torch.tensor([[f.ids, f.attention_mask] for f in found], dtype=torch.long).view(-1, 2, _LENGTH)
