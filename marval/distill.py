@@ -118,27 +118,27 @@ class DistillStage(Watched):
     def _forward(self): return autocast(self.cfg.compute.precision, self.device)
 
     def phi_loss(self, b: Draws,
-                 x0: Tensor | None = None, # [N, D] the student's samples, None = to be made
-                 c: Tensor | None = None,  # [N, width] contexts of phi, None = to be made
-                 ) -> Tensor:              # 0-d
+                 x0: Tensor | None = None,   # [N, D] the student's samples, None = to be made
+                 cond: Tensor | None = None, # [N, head_width] of phi's contexts, None = to be made
+                 ) -> Tensor:                # 0-d
         r"$L_\phi = E\lVert\hat\epsilon_\phi(x_t, t, c_\phi) - \epsilon\rVert^2$ on the student's own samples, per number."
         with self._forward():
             if x0 is None:
                 with torch.no_grad(): x0 = self._generate(b)
-            if c is None: c = masked_contexts(self.phi, *b[:4])
-            eps_q = self.phi.head(q_sample(self.sched, x0.repeat(self.d.phi_mul, 1), b.t, b.eps), b.t, c.repeat(self.d.phi_mul, 1))[0]
+            cond = self.phi.head_cond(masked_contexts(self.phi, *b[:4]).repeat(self.d.phi_mul, 1)) if cond is None else cond.repeat(self.d.phi_mul, 1)
+            eps_q = self.phi.head_from_cond(q_sample(self.sched, x0.repeat(self.d.phi_mul, 1), b.t, b.eps), b.t, cond)[0]
         return (eps_q - b.eps).square().mean()
 
     def theta_loss(self, b: Draws,
-                   x0: Tensor | None = None,    # [N, D] the student's samples, with their graph, None = to be made
-                   c_phi: Tensor | None = None, # [N, width] contexts of phi, without one, None = to be made
-                   ) -> Tensor:                 # 0-d
+                   x0: Tensor | None = None,   # [N, D] the student's samples, with their graph, None = to be made
+                   cond: Tensor | None = None, # [N, head_width] of phi's contexts, without one, None = to be made
+                   ) -> Tensor:                # 0-d
         r"$L_{\text{GSIM}}$ per token, with $\hat\epsilon_p = \hat\epsilon_u + \text{cfg}\,(\hat\epsilon_c - \hat\epsilon_u)$ for $t <$ `t_guide`, else $\hat\epsilon_c$; phi's parameters stopped, gradients through $x_t$."
         d, t = self.d, b.t
         with self._forward():
             x_t = q_sample(self.sched, self._generate(b) if x0 is None else x0, t, b.eps)
-            with torch.no_grad(): c_phi, c_p = masked_contexts(self.phi, *b[:4]) if c_phi is None else c_phi, self._teacher_contexts(*b[:4])
-            eps_q = self.phi.head(x_t, t, c_phi)[0].to(x_t)
+            with torch.no_grad(): cond, c_p = self.phi.head_cond(masked_contexts(self.phi, *b[:4])) if cond is None else cond, self._teacher_contexts(*b[:4])
+            eps_q = self.phi.head_from_cond(x_t, t, cond)[0].to(x_t)
             n = len(c_p) // len(x_t)                                                      # 1 without guidance, else 2
             eps_p = self.teacher.head(x_t.repeat(n, 1), t.repeat(n), c_p)[0].to(x_t)
         if n == 2: eps_p = torch.where((t < d.t_guide)[:, None], guided_eps(*eps_p.chunk(2), self.cfg.sampling.cfg), eps_p[:len(x_t)])
@@ -150,11 +150,11 @@ class DistillStage(Watched):
                     ) -> dict[str, Tensor]:  # 0-d: theta's loss, and phi's, whose gradient is there already
         r"$L_\phi$ and $L_{\text{GSIM}}$ on one batch, with one evaluation of $c_\theta$, $c_\phi$ and $x_0$; both see the networks as they are before either update."
         self.phi.requires_grad_(True)
-        with self._forward(): x0, c = self._generate(b), masked_contexts(self.phi, *b[:4])
-        loss_phi = self.phi_loss(b, x0.detach(), c)
+        with self._forward(): x0, cond = self._generate(b), self.phi.head_cond(masked_contexts(self.phi, *b[:4]))
+        loss_phi = self.phi_loss(b, x0.detach(), cond)
         (loss_phi * share).backward()
         self.phi.requires_grad_(False)
-        return dict(loss=self.theta_loss(late, x0, c.detach()), phi=loss_phi)
+        return dict(loss=self.theta_loss(late, x0, cond.detach()), phi=loss_phi)
 
     def _teacher_contexts(self, tokens, order, n_known, labels) -> Tensor:
         "The teacher's contexts; under guidance those without a class follow below, from the same pass."
