@@ -1,10 +1,11 @@
 """How much memory a step of RL needs, against the number K of autoregressive steps, with each of them computed again on the way back (rl.recompute=steps) and without. Beside it, what `marval.plan` says.
 
 One stage, random weights; what is stored (weights, averages, optimiser) is there before the step that is watched. On a GPU its allocator tells the peak, on a CPU every allocation is followed. Tokenizer and reward take part with
---images, with random weights (ViT-H-14 needs open_clip); without, the reward is a mean of squares. And the roll-out that should fit into 80 GB: huge, K = 64, tokenizer, ViT-H-14, 8 images; predicted always, measured with the second command.
+--images, with random weights (ViT-H-14 needs open_clip); without, the reward is a mean of squares. And the roll-out that should fit into 80 GB: huge, K = 64, tokenizer, ViT-H-14, 8 images: the second command measures it, the third predicts it alone.
 
     python bench/rl.py                                                    # on a GPU: base, 8 images, bf16, K = 8, 16, 32, 64, tokenizer and reward
     python bench/rl.py --size huge --K 64 --batch 8 --recompute steps     # the large one
+    python bench/rl.py --predict                                          # what the plan says of the large one, without running anything
     python bench/rl.py --device cpu --batch 1 --set model.width=192 --set model.depth=2 --set model.head_width=256 --set model.head_depth=1   # 256 tokens as in base, a narrow network
     python bench/rl.py --device cpu --size digits --K 2 4 8 16 --out /tmp/rl.json     # a trial, seconds
 """
@@ -96,6 +97,7 @@ def arguments(argv=None):
     p.add_argument("--images", action=argparse.BooleanOptionalAction, default=None, help="tokenizer and reward take part (default: on a GPU)")
     p.add_argument("--set", action="append", default=[], metavar="field=value")
     p.add_argument("--threads", type=int, default=None)
+    p.add_argument("--predict", action="store_true", help="only the large roll-out, on paper")
     p.add_argument("--out", type=Path, default=None, help="default: bench/results/rl_DEVICE.json")
     args = p.parse_args(argv)
     gpu = args.device == "cuda"
@@ -118,12 +120,19 @@ def main(argv=None):
     facts = run_provenance() | {"threads": torch.get_num_threads()}
     cfg = override(preset(args.size), [f"rl.batch={args.batch}", f"compute.precision={args.precision}", "compute.accumulate=1", f"sampling.K={args.K[0]}", f"rl.recompute={args.recompute[0]}", *args.set])
     key = " ".join([args.size, *(s.removeprefix("model.") for s in args.set), f"batch={args.batch}", args.precision, *(["images"] if args.images else [])])
-    cells = json.loads(args.out.read_text())["cells"] if args.out.exists() else {}
-    rows, big = [], large()
-    print(f"{facts['device']}; {key}; the instrument shows {known_answer(args.device):.4f} of a known peak\nhuge, K 64, 8 images, tokenizer and ViT-H-14: {big['bytes'] / 1e9:.1f} GB predicted, {'fits' if big['fits_80_GB'] else 'does not fit'} into 80 GB", flush=True)
+    old = json.loads(args.out.read_text()) if args.out.exists() else {}
+    cells, big, rows = old.get("cells", {}), old.get("large"), []
+    if args.predict or args.size == "huge":
+        big = large()
+        print(f"huge, K 64, 8 images, tokenizer and ViT-H-14: {big['bytes'] / 1e9:.1f} GB predicted, {'fits' if big['fits_80_GB'] else 'does not fit'} into 80 GB", flush=True)
+    if args.predict:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        return write_json(args.out, {"provenance": facts, "large": big, "cells": cells})
+    right = known_answer(args.device)
+    print(f"{facts['device']}; {key}; the instrument shows {right:.4f} of a known peak", flush=True)
     for row in measure(args, cfg):
         rows.append(row)
-        cells[key] = {"size": args.size, "batch": args.batch, "precision": args.precision, "images": args.images, "settings": args.set, "instrument": known_answer(args.device), "goal": GOAL, **facts, "runs": rows}
+        cells[key] = {"size": args.size, "batch": args.batch, "precision": args.precision, "images": args.images, "settings": args.set, "instrument": right, "goal": GOAL, **facts, "runs": rows}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, {"provenance": facts, "large": big, "cells": cells})
         seen = row.get("skipped") or f"{row['peak_bytes'] / 1e6:9.1f} MB above the {row['stored_bytes'] / 1e6:.1f} stored"
