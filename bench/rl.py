@@ -121,7 +121,8 @@ def main(argv=None):
     cfg = override(preset(args.size), [f"rl.batch={args.batch}", f"compute.precision={args.precision}", "compute.accumulate=1", f"sampling.K={args.K[0]}", f"rl.recompute={args.recompute[0]}", *args.set])
     key = " ".join([args.size, *(s.removeprefix("model.") for s in args.set), f"batch={args.batch}", args.precision, *(["images"] if args.images else [])])
     old = json.loads(args.out.read_text()) if args.out.exists() else {}
-    cells, big, rows = old.get("cells", {}), old.get("large"), []
+    cells, big = old.get("cells", {}), old.get("large")
+    rows = cells.get(key, {}).get("runs", [])                                                     # those of other K are kept
     if args.predict or args.size == "huge":
         big = large()
         print(f"huge, K 64, 8 images, tokenizer and ViT-H-14: {big['bytes'] / 1e9:.1f} GB predicted, {'fits' if big['fits_80_GB'] else 'does not fit'} into 80 GB", flush=True)
@@ -131,13 +132,13 @@ def main(argv=None):
     right = known_answer(args.device)
     print(f"{facts['device']}; {key}; the instrument shows {right:.4f} of a known peak", flush=True)
     for row in measure(args, cfg):
-        rows.append(row)
-        cells[key] = {"size": args.size, "batch": args.batch, "precision": args.precision, "images": args.images, "settings": args.set, "instrument": right, "goal": GOAL, **facts, "runs": rows}
+        rows = sorted([r for r in rows if (r["K"], r["recompute"]) != (row["K"], row["recompute"])] + [row | facts], key=lambda r: (r["recompute"] != "steps", r["K"]))
+        cells[key] = {"size": args.size, "batch": args.batch, "precision": args.precision, "images": args.images, "settings": args.set, "instrument": right, "goal": GOAL, "runs": rows}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, {"provenance": facts, "large": big, "cells": cells})
         seen = row.get("skipped") or f"{row['peak_bytes'] / 1e6:9.1f} MB above the {row['stored_bytes'] / 1e6:.1f} stored"
         print(f"recompute {row['recompute']:5} K {row['K']:3}  {seen}; predicted {row['predicted_bytes'] / 1e6:.1f} MB", flush=True)
-    for way in args.recompute:
+    for way in ("steps", "none"):
         by = {r["K"]: r for r in rows if r["recompute"] == way and "peak_bytes" in r}
         if len(by) > 1: print(f"recompute {way}: K {max(by)} over K {min(by)}: {by[max(by)]['total_bytes'] / by[min(by)]['total_bytes']:.2f} in all, {by[max(by)]['peak_bytes'] / by[min(by)]['peak_bytes']:.2f} of what the step adds (goal: {GOAL})")
     print(args.out)
