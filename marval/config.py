@@ -127,6 +127,7 @@ class DistillConfig:
     phi_updates: int = _of(1, "ours", "updates of phi per update of theta")
     phi_first: int = _of(1000, "ours", "iterations at the start in which phi alone learns, so that theta first moves once its score is known")
     phi_mul: int = _of(4, "ours", "diffusion times drawn per token and update of phi")
+    share: str = _of("none", "ours", "none (every update draws a batch of its own) | contexts (theta's update takes that of the last one of phi, and with it the contexts of both)")
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ class Config:
 
 # %% ../nbs/00_config.ipynb #00-010
 _CHOICES = {"data.name": ("digits", "imagenet"), "sampling.cfg_schedule": ("constant", "linear"), "sampling.reveal": ("cosine", "linear", "square", "cubic", "arccos", "root"), "distill.loss": ("sim", "gsim", "sid"),
-            "distill.distance": ("huber", "squared"), "distill.weight": ("eps", "score", "x0"), "rl.recompute": ("steps", "none"),
+            "distill.distance": ("huber", "squared"), "distill.weight": ("eps", "score", "x0"), "distill.share": ("none", "contexts"), "rl.recompute": ("steps", "none"),
             "compute.precision": ("fp32", "bf16"), "teacher.which": ("model_ema", "model"), "compute.sharding": ("ddp", "fsdp"), "compute.compile": ("off", "on"), "compute.recompute": ("none", "blocks")}
 _ZERO_IS_FINE = {"seed", "data.max_bad", "evaluate.pictures", "teacher.warmup", "distill.warmup", "rl.warmup", "rl.anchor", "rl.grad_steps", "rl.metric_every", "log.metric_every", "sampling.cfg", "sampling.temperature", "sampling.clip",
                  "distill.alpha", "distill.t_min", "distill.phi_first"}

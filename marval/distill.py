@@ -104,10 +104,13 @@ class DistillStage(Watched):
         order = random_orders(d.batch, m.seq_len, generator=generator, device=device)
         n_known = random.Random(step_seed(self.cfg.seed, self.name + "/mask", i)).choice(self.known)   # a shape: drawn on the host
         n = d.batch * (m.seq_len - n_known)
-        normal = lambda n: torch.randn(n, m.token_dim, generator=generator, device=device, dtype=self.theta.mask_token.dtype)
-        z = normal(n)
-        t = torch.randint(t_min, t_max, (repeats * n,), generator=generator, device=device)
-        return Draws(tokens, order, n_known, labels, z, t, normal(repeats * n))
+        return Draws(tokens, order, n_known, labels, self._normal(n, generator), **self._noise(repeats * n, t_min, t_max, generator))
+
+    def _normal(self, n, generator): return torch.randn(n, self.cfg.model.token_dim, generator=generator, device=self.device, dtype=self.theta.mask_token.dtype)
+
+    def _noise(self, n, t_min, t_max, generator):
+        "Times and noise of n noisy tokens."
+        return dict(t=torch.randint(t_min, t_max, (n,), generator=generator, device=self.device), eps=self._normal(n, generator))
 
     def _generate(self, b: Draws) -> Tensor:
         r"$x_0 = g_\theta(z, c_\theta)$ for every masked token, [N, D]."
@@ -115,24 +118,44 @@ class DistillStage(Watched):
 
     def _forward(self): return autocast(self.cfg.compute.precision, self.device)
 
-    def phi_loss(self, b: Draws) -> Tensor:
+    def phi_loss(self, b: Draws,
+                 x0: Tensor | None = None,   # [N, D] the student's samples, None = to be made
+                 cond: Tensor | None = None, # [N, head_width] of phi's contexts, None = to be made
+                 ) -> Tensor:                # 0-d
         r"$L_\phi = E\lVert\hat\epsilon_\phi(x_t, t, c_\phi) - \epsilon\rVert^2$ on the student's own samples, per number."
         with self._forward():
-            with torch.no_grad(): x0 = self._generate(b).repeat(self.d.phi_mul, 1)
-            eps_q = self.phi.head(q_sample(self.sched, x0, b.t, b.eps), b.t, masked_contexts(self.phi, *b[:4]).repeat(self.d.phi_mul, 1))[0]
+            if x0 is None:
+                with torch.no_grad(): x0 = self._generate(b)
+            cond = self.phi.head_cond(masked_contexts(self.phi, *b[:4]).repeat(self.d.phi_mul, 1)) if cond is None else cond.repeat(self.d.phi_mul, 1)
+            eps_q = self.phi.head_from_cond(q_sample(self.sched, x0.repeat(self.d.phi_mul, 1), b.t, b.eps), b.t, cond)[0]
         return (eps_q - b.eps).square().mean()
 
-    def theta_loss(self, b: Draws) -> Tensor:
+    def theta_loss(self, b: Draws,
+                   x0: Tensor | None = None,   # [N, D] the student's samples, with their graph, None = to be made
+                   cond: Tensor | None = None, # [N, head_width] of phi's contexts, without one, None = to be made
+                   ) -> Tensor:                # 0-d
         r"$L_{\text{GSIM}}$ per token, with $\hat\epsilon_p = \hat\epsilon_u + \text{cfg}\,(\hat\epsilon_c - \hat\epsilon_u)$ for $t <$ `t_guide`, else $\hat\epsilon_c$; phi's parameters stopped, gradients through $x_t$."
         d, t = self.d, b.t
         with self._forward():
-            x_t = q_sample(self.sched, self._generate(b), t, b.eps)
-            with torch.no_grad(): c_phi, c_p = masked_contexts(self.phi, *b[:4]), self._teacher_contexts(*b[:4])
-            eps_q = self.phi.head(x_t, t, c_phi)[0].to(x_t)
+            x_t = q_sample(self.sched, self._generate(b) if x0 is None else x0, t, b.eps)
+            with torch.no_grad(): cond, c_p = self.phi.head_cond(masked_contexts(self.phi, *b[:4])) if cond is None else cond, self._teacher_contexts(*b[:4])
+            eps_q = self.phi.head_from_cond(x_t, t, cond)[0].to(x_t)
             n = len(c_p) // len(x_t)                                                      # 1 without guidance, else 2
             eps_p = self.teacher.head(x_t.repeat(n, 1), t.repeat(n), c_p)[0].to(x_t)
         if n == 2: eps_p = torch.where((t < d.t_guide)[:, None], guided_eps(*eps_p.chunk(2), self.cfg.sampling.cfg), eps_p[:len(x_t)])
         return gsim_loss(b.eps, eps_q, eps_p, self.sched.a[t], self.sched.sigma[t], d.loss, d.distance, d.r, d.alpha, d.weight).mean()
+
+    def both_losses(self, b: Draws,          # of phi's update
+                    late: Draws,             # the same images, masks and entry noise, with times and noise of theta's
+                    share: float = 1.0,      # of the batch that these images are
+                    ) -> dict[str, Tensor]:  # 0-d: theta's loss, and phi's, whose gradient is there already
+        r"$L_\phi$ and $L_{\text{GSIM}}$ on one batch, with one evaluation of $c_\theta$, $c_\phi$ and $x_0$; both see the networks as they are before either update."
+        self.phi.requires_grad_(True)
+        with self._forward(): x0, cond = self._generate(b), self.phi.head_cond(masked_contexts(self.phi, *b[:4]))
+        loss_phi = self.phi_loss(b, x0.detach(), cond)
+        (loss_phi * share).backward()
+        self.phi.requires_grad_(False)
+        return dict(loss=self.theta_loss(late, x0, cond.detach()), phi=loss_phi)
 
     def _teacher_contexts(self, tokens, order, n_known, labels) -> Tensor:
         "The teacher's contexts; under guidance those without a class follow below, from the same pass."
@@ -143,17 +166,28 @@ class DistillStage(Watched):
     def step(self, i: int,                       # iteration
              generator: torch.Generator,         # the step's own randomness
              ) -> dict[str, Tensor]:             # 0-d tensors: theta's loss and phi's
-        "`phi_updates` updates of phi, then one of theta (not during the first `phi_first` steps), each on a batch of its own."
-        draws, d = self.d.phi_updates + 1, self.d
+        "`phi_updates` updates of phi, then one of theta (not during the first `phi_first` steps); with `share=contexts`, that and phi's last one on the same batch, else each on its own."
+        d, one = self.d, self.d.share == "contexts"
+        draws, joint = d.phi_updates + (not one), one and i >= d.phi_first
         self.phi.requires_grad_(True)
-        for j in range(d.phi_updates):
+        for j in range(d.phi_updates - joint):
             b = self.draws(i * draws + j, d.phi_mul, 0, self.sched.T, generator)
             loss_phi = backward(self.parts, lambda part: dict(loss=self.phi_loss(b.of(part))))["loss"]
-            clip_and_step(self.opt_phi, self.phi.parameters(), d.clip, d.lr_phi * lr_factor(i, self.iterations, d.warmup))
+            self._move_phi(i)
         self.phi.requires_grad_(False)
         if i < d.phi_first: return dict(loss=loss_phi, phi=loss_phi)
-        b = self.draws(i * draws + d.phi_updates, 1, d.t_min, d.t_max, generator)
-        loss = backward(self.parts, lambda part: dict(loss=self.theta_loss(b.of(part))))["loss"]
+        if joint:
+            b = self.draws(i * draws + d.phi_updates - 1, d.phi_mul, 0, self.sched.T, generator)
+            late = b._replace(**self._noise(len(b.z), d.t_min, d.t_max, generator))
+            losses = backward(self.parts, lambda part: self.both_losses(b.of(part), late.of(part), 1 / part.parts))
+            self._move_phi(i)
+        else:
+            b = self.draws(i * draws + d.phi_updates, 1, d.t_min, d.t_max, generator)
+            losses = backward(self.parts, lambda part: dict(loss=self.theta_loss(b.of(part)))) | dict(phi=loss_phi)
         clip_and_step(self.opt_theta, self.theta.parameters(), d.clip, d.lr * lr_factor(i, self.iterations, d.warmup, d.decay_from, d.decay_to))
         self.ema.update(self.theta)
-        return dict(loss=loss, phi=loss_phi)
+        return losses
+
+    def _move_phi(self, i):
+        "One update of phi, whose gradients are there."
+        clip_and_step(self.opt_phi, self.phi.parameters(), self.d.clip, self.d.lr_phi * lr_factor(i, self.iterations, self.d.warmup))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GPUS', 'REACHED', 'Saved', 'Pass', 'Meter', 'Through', 'vae_cost', 'reward_cost', 'image_reward_cost', 'rewards_cost',
-           'Need', 'need', 'GPU', 'forecast']
+           'Need', 'training_step', 'need', 'GPU', 'forecast']
 
 # %% ../nbs/14_plan.ipynb #14-003
 import math
@@ -44,12 +44,16 @@ class Saved(torch.autograd.graph.saved_tensors_hooks):
 # %% ../nbs/14_plan.ipynb #14-010
 @dataclass(frozen=True)
 class Pass:
-    "Cost of one forward pass."
-    bytes: float  # kept for the backward pass
-    flops: float  # floating-point operations, a multiply-add counts as two
+    "Cost of one forward pass, and of its way back."
+    bytes: float     # kept for the backward pass
+    flops: float     # floating-point operations, a multiply-add counts as two
+    back: float = 0  # those of the backward pass, with what it computes again
 
-    def __add__(self, other): return Pass(self.bytes + other.bytes, self.flops + other.flops)
-    def __mul__(self, n): return Pass(self.bytes * n, self.flops * n)
+    def __add__(self, other): return Pass(self.bytes + other.bytes, self.flops + other.flops, self.back + other.back)
+    def __mul__(self, n): return Pass(self.bytes * n, self.flops * n, self.back * n)
+
+    @property
+    def both(self) -> float: return self.flops + self.back  # operations there and back
 
 
 def _line(one, two, n):
@@ -76,6 +80,7 @@ class Meter:
         self.params, self.unit = _count(whole), max(*units, _count(whole) - sum(units))        # all, and the largest piece that FSDP puts together
         self.points = [(n, self.run(1, n), self.run(2, n)) for n in (0, self.m.seq_len // 2, self.m.seq_len)]
         tokens = lambda **kw: [self._deep(lambda net: net.head(*self._rows(N, **kw)), self.m.head_depth) for N in (1, 2)]
+        self.conds = [self._measure(lambda net: net.head_cond(self._rows(N, c=True)[2]), self.nets[0]) for N in (1, 2)]
         self.trained, self.generator, h = tokens(c=True), tokens(c=True, times=1), self._empty(1, self.m.buffer_size + self.m.seq_len, self.m.width).requires_grad_()
         self.block = self._measure(lambda net: net.decoder_blocks[0](h), self.nets[0], h).bytes if blocks else 0
         for net in self.nets: net.requires_grad_(False)
@@ -90,8 +95,11 @@ class Meter:
         return self._empty(N, self.m.token_dim).requires_grad_(x), self._empty(times or N, dtype=torch.long), self._empty(N, self.m.width).requires_grad_(c)
 
     def _measure(self, f, net, *known):
-        with self.fake, Saved(*net.parameters(), *known) as saved, FlopCounterMode(display=False) as counter, autocast(self.precision): f(net)
-        return Pass(saved.bytes, counter.get_total_flops())
+        with self.fake, Saved(*net.parameters(), *known) as saved, FlopCounterMode(display=False) as there, autocast(self.precision): y = f(net)
+        y = y if isinstance(y, Tensor) else y[0]                                                      # of the head, the noise: its variance comes from the same product
+        with self.fake, FlopCounterMode(display=False) as back: y.backward(torch.ones_like(y))
+        net.zero_grad()
+        return Pass(saved.bytes, there.get_total_flops(), back.get_total_flops())
 
     def _deep(self, f, depth): return _line(*(self._measure(f, net) for net in self.nets), depth)
 
@@ -113,9 +121,16 @@ class Meter:
         "Bytes of the one block that is being computed again; 0 where none is."
         return self.block * B
 
-    def head(self, N: int) -> Pass:  # tokens
-        "Diffusion head, trained together with the contexts, each token at a time of its own."
-        return _line(*self.trained, N)
+    def cond(self, N: int) -> Pass:  # tokens
+        "The head's first layer on contexts, `head_cond`; a part of each of the following."
+        return _line(*self.conds, N)
+
+    def head(self,
+             N: int,           # tokens
+             repeats: int = 1, # times of each, for which `cond` is worked out once
+             ) -> Pass:
+        "Diffusion head, trained together with the contexts, each token at times of its own."
+        return _line(*self.trained, N * repeats) + self.cond(N * repeats) * -1 + self.cond(N)
 
     def generate(self, N: int) -> Pass:  # tokens
         "The head as one-step generator, trained, all tokens at one time."
@@ -244,22 +259,31 @@ def _masked(cfg, stage):
     return [known[round(i * (len(known) - 1) / 7)] for i in range(8)]
 
 
+def training_step(cfg: Config,  # a whole configuration
+                  stage: str,   # teacher | distill
+                  meter: Meter, # of its network
+                  B: int,       # images at once
+                  n_known: int, # visible tokens of each
+                  ) -> Pass:    # bytes kept at the peak, operations there and back
+    "One step, at one amount of masking; all the updates that belong to it."
+    part, c, N = getattr(cfg, stage), meter.contexts(B, n_known), B * (cfg.model.seq_len - n_known)
+    peak = lambda *heads, contexts=1: contexts * c.bytes + max(meter.inside(B), sum(h.bytes for h in heads))
+    if stage == "teacher":
+        h = meter.head(N, part.diffusion_mul)
+        return Pass(peak(h), (c + h).flops, (c + h).back)
+    guided, shared = 2 if cfg.sampling.cfg != 1 else 1, part.share == "contexts"
+    g, asked = meter.generate(N), meter.through(N) + meter.through(N * guided)
+    alone, late = meter.head(N * part.phi_mul), meter.head(N, part.phi_mul)        # phi's head in an update of its own, in one that is shared
+    phi, theta = (peak(g, late, contexts=2) if shared else peak(alone)), peak(g, asked)
+    learn, move = c * part.phi_updates + alone * (part.phi_updates - shared) + late * shared, c + g + asked   # phi learns; theta moves, asking phi and teacher
+    extra = (part.phi_updates - shared) * (c + g).flops + (1 - shared + guided) * c.flops - shared * meter.cond(N).flops  # theta generates for phi; contexts of phi and teacher
+    return Pass(max(phi, theta), (learn + move).flops + extra, (learn + move).back)
+
+
 def _training(cfg, stage, meter, B):
     "Peak bytes and operations of a step of teacher or distill, for B images."
-    L, part, phases, flops = cfg.model.seq_len, getattr(cfg, stage), [], []
-    for n in _masked(cfg, stage):
-        c, N, again = meter.contexts(B, n), B * (L - n), meter.contexts(B, n).flops if meter.blocks else 0
-        peak = lambda *heads: c.bytes + max(meter.inside(B), sum(h.bytes for h in heads))
-        if stage == "teacher":
-            h = meter.head(N * part.diffusion_mul)
-            phases, flops = phases + [peak(h)], flops + [3 * (c + h).flops + again]
-        else:
-            guided = 2 if cfg.sampling.cfg != 1 else 1
-            g, h, hp = meter.generate(N), meter.head(N), meter.head(N * part.phi_mul)
-            phases += [peak(hp), peak(g, meter.through(N), meter.through(N * guided))]
-            flops.append(part.phi_updates * ((c + g).flops + 3 * (c + hp).flops + again)                      # theta generates; phi learns
-                         + 3 * (c + g).flops + again + (1 + guided) * c.flops + 2 * (1 + guided) * h.flops)   # theta; contexts of phi and teacher; gradients through their heads
-    return max(phases), sum(flops) / len(flops)
+    steps = [training_step(cfg, stage, meter, B, n) for n in _masked(cfg, stage)]
+    return max(s.bytes for s in steps), sum(s.both for s in steps) / len(steps)
 
 
 def _rl(cfg, meter, B):
@@ -272,10 +296,9 @@ def _rl(cfg, meter, B):
     always, last = (tokens, max(whole)) if r.recompute == "steps" else (tokens + sum((c + h).bytes for c, h in live), meter.inside(B))
     vae, reward = _images(cfg)
     phases = [(always, B * (vae.kept + reward.kept + reward.inside)), (always, B * (vae.kept + vae.inside)), (always + last, 0)]
-    forward = lambda some: sum((c + h).flops for c, h in some)
-    again = (r.recompute == "steps") * forward(live) + meter.blocks * sum(c.flops for c, _ in live)
+    forward, back = lambda some: sum((c + h).flops for c, h in some), sum((c + h).back for c, h in live)
     own, images = max(phases, key=sum)
-    return own, vae.weights + reward.weights + images, (1 + (r.anchor > 0)) * forward(steps) + 2 * forward(live) + again + B * (vae + reward).flops
+    return own, vae.weights + reward.weights + images, (1 + (r.anchor > 0)) * forward(steps) + (r.recompute == "steps") * forward(live) + back + B * (vae + reward).flops
 
 
 def need(cfg: Config,  # a whole configuration
@@ -288,9 +311,10 @@ def need(cfg: Config,  # a whole configuration
     own, images, flops = _rl(cfg, meter, B) if stage == "rl" else (lambda peak, flops: (peak, 0, flops))(*_training(cfg, stage, meter, B))
     sharded = cfg.compute.sharding == "fsdp" and gpus > 1
     P, trained, others = meter.params / (gpus if sharded else 1), 2 if stage == "distill" else 1, 1 if stage == "teacher" else 3 if stage == "rl" and cfg.rl.guard else 2
-    return Need(4 * trained * P + 16 * meter.unit * sharded, 4 * P, 8 * trained * P, 4 * others * P, own, images, parts * flops)
+    together = 2 if stage == "distill" and cfg.distill.share == "contexts" else 1
+    return Need(4 * trained * P + 16 * meter.unit * sharded, 4 * together * P, 8 * trained * P, 4 * others * P, own, images, parts * flops)
 
-# %% ../nbs/14_plan.ipynb #14-031
+# %% ../nbs/14_plan.ipynb #14-033
 @dataclass(frozen=True)
 class GPU:
     "A type of GPU."
