@@ -269,7 +269,7 @@ def _check(c):
     reward_terms(c.rl.reward)
     if c.rl.grad_steps > s.K: raise BadInput(f"rl.grad_steps={c.rl.grad_steps}: expected 0 to sampling.K = {s.K}")
 
-# %% ../nbs/00_config.ipynb #00-013
+# %% ../nbs/00_config.ipynb #00-015
 _DIGITS = {
     "data.name": ("digits", "ours"), "data.latent_scale": (1.0, "ours"),
     "model.img_size": (8, "ours"), "model.vae_stride": (1, "ours"), "model.patch_size": (2, "ours"), "model.vae_embed_dim": (1, "ours"),
@@ -311,7 +311,7 @@ _OVERRIDES = {
     "huge": {"compute.accumulate": (8, "ours"), "model.width": (1280, "MAR"), "model.depth": (20, "MAR"), "model.heads": (16, "MAR"), "model.head_depth": (12, "MAR"), "model.head_width": (1536, "MAR")},
 }
 
-# %% ../nbs/00_config.ipynb #00-014
+# %% ../nbs/00_config.ipynb #00-016
 SCALES = tuple(_OVERRIDES)
 ON_CPU = ("smoke", "digits", "tiny")  # scales that run on a CPU, with few threads
 
@@ -335,7 +335,7 @@ def source(scale: str,  # one of `SCALES`
     part, leaf = name.split(".")
     return _OVERRIDES[scale].get(name, (None, getattr(Config, part).__dataclass_fields__[leaf].metadata["source"]))[1]
 
-# %% ../nbs/00_config.ipynb #00-017
+# %% ../nbs/00_config.ipynb #00-019
 def override(cfg: Config,            # configuration to start from
              settings: list[str],    # each `field=value`, the field by its dotted name
              ) -> Config:            # a new configuration, checked
@@ -364,7 +364,7 @@ def from_dict(d: dict,    # as `Config.dict` gives it, e.g. read back from JSON
     try: return Config(**{f.name: f.type(**d[f.name]) if is_dataclass(f.type) else d[f.name] for f in fields(Config)})
     except (KeyError, TypeError) as e: raise BadInput(f"stored configuration does not fit this version of marval: {e}") from None
 
-# %% ../nbs/00_config.ipynb #00-020
+# %% ../nbs/00_config.ipynb #00-022
 def table(scales=("base", "large", "huge", "digits"),  # columns
           ) -> str:                                    # Markdown
     "All fields of all given scales, with origin (P paper, M MAR, o ours) and meaning."
