@@ -20,6 +20,7 @@ PAPER, README = "MARVAL, arXiv 2511.15190", "the README of MAR's repository"
 TITLES = {"main": "ImageNet 256 x 256", "cfg": "Guidance that the student is distilled from, MARVAL-B", "rl": "Before and after RL, MARVAL-H", "mar": "MAR as its authors report it, K = 256"}
 SCALES = dict(base="B", large="L", huge="H")
 QUALITY, SCORES, TIME = ("FID", "IS"), ("CLIP", "ImageReward", "PickScore"), "s/image"
+_DIGITS = {"IS": 1, "ImageReward": 3}  # decimals in print; two elsewhere
 N, K, CHAIN, INCEPTION = 50_000, 64, 100, "inception-v3-compat"
 
 _MAIN = {"ADM": (None, 4.59, 186.7, 115.67), "DiT-XL/2": (None, 2.27, 278.2, 6.62), "MAR-B": (2.9, 2.60, 222.7, 20.10), "MAR-H": (3.2, 2.06, 247.7, 30.98),
@@ -59,7 +60,7 @@ class Measured:
     value: float
     model: str | None    # as in `Line`; None = none of the tables' models
     file: str            # where it comes from
-    facts: dict = field(default_factory=dict) # device, commit, weights (trained, random), n, cfg, cfg_schedule, K, chain, extractor, reference, decoded, batch, dtype, loop, clock (wall, processors), detail
+    facts: dict = field(default_factory=dict) # device, commit, weights (trained, random), n, cfg, cfg_schedule, K, chain, extractor, reference, n_reference, classes, decoded, batch, dtype, loop, clock (wall, processors), detail
 
 
 def model_name(scale: str | None, # base, large or huge; others have no place in the tables
@@ -89,7 +90,7 @@ def _of_evaluate(r, file):
     drawn = im["kind"] == "network"
     model = model_name(net.get("scale"), im.get("stage"), im.get("chain_steps") or 0) if drawn else r.get("model")
     facts = dict(device=r["device"], commit=r["commit"], weights="trained", n=r["n"], cfg=im.get("cfg"), cfg_schedule=im.get("cfg_schedule"), K=im.get("K"), chain=im.get("chain_steps"),
-                 extractor=r["extractor"]["name"], reference=Path(r["reference"]["path"]).name, images=Path(im["path"]).name)
+                 extractor=r["extractor"]["name"], reference=Path(r["reference"]["path"]).name, n_reference=None if r["reference"]["statistics"] else r["n_reference"], classes=im.get("classes"), images=Path(im["path"]).name)
     found = [Measured(f, r[k], model, file, facts) for f, k in zip(QUALITY, ("fid", "is_mean")) if r.get(k) is not None]
     found += [Measured(_score_name(k), s["mean"], model, file, facts | dict(extractor=None, reference=None, detail=f"{s['towers']}, standard error {s['standard_error']:.2g}, prompt '{s['prompt']}'")) for k, s in r.get("scores", {}).items()]
     if t := r.get("time"):
@@ -168,6 +169,7 @@ def refusal(line: Line, m: Measured) -> str: # empty = it may stand there
     if missing := [k for k in ("device", "commit") if not f.get(k) or f[k] == "unknown"]: return f"no {' and no '.join(missing)}"
     if line.figure == TIME: return f"batch {f['batch']}" if f.get("batch") != 1 else ""
     if f.get("weights") != "trained": return "random weights"
+    if f.get("classes") not in (None, 1000): return f"{f['classes']} classes"
     if line.figure in QUALITY and f.get("extractor") != INCEPTION: return f"features of {f.get('extractor')}, not of {INCEPTION}"
     if line.figure in QUALITY and not f.get("reference"): return "no reference named"
     return ""
@@ -177,6 +179,7 @@ def labels(line: Line, m: Measured) -> list[str]: # empty = the paper's own prot
     "What has to be said beside a figure."
     f, mar = m.facts, line.model.startswith("MAR-")
     rules = [(line.figure in QUALITY and f.get("n") != N, f"n = {f.get('n')}"), (line.K is not None and f.get("K") != line.K, f"K = {f.get('K')}"), (mar and f.get("chain") != CHAIN, f"chain of {f.get('chain')}"),
+             (line.figure in QUALITY and f.get("n_reference") is not None, f"against {f.get('n_reference')} images, no statistics"),
              (mar and line.figure in QUALITY and f.get("cfg_schedule") != "linear", f"{f.get('cfg_schedule')} guidance")]
     if line.figure == TIME: rules += [(not f.get("decoded"), "not decoded"), (f.get("weights") == "random", "random weights"), (f.get("clock") == "processors", "processor time"), (bool(f.get("detail")), f"from {f.get('detail')}")]
     return [text for applies, text in rules if applies]
@@ -196,7 +199,7 @@ def how(m: Measured) -> str:
     f = m.facts
     def said(k, text="{}"): return [text.format(f[k])] if f.get(k) is not None else []
     chain = [f"chain of {f['chain']}"] if f.get("chain") else ["one step"] if f.get("K") else []
-    return "; ".join([*said("n", "n = {}"), *said("K", "K = {}"), *chain, *said("cfg", "cfg {}"), *said("detail"), *said("images", "images of {}"), *said("reference", "against {}"), *said("loop", "{} loop"), *said("dtype"), f["device"], "commit " + f["commit"], Path(m.file).name])
+    return "; ".join([*said("n", "n = {}"), *said("K", "K = {}"), *chain, *said("cfg", "cfg {}"), *said("detail"), *said("images", "drawn from {}" if f.get("K") else "images of {}"), *said("reference", "against {}"), *said("loop", "{} loop"), *said("dtype"), f["device"], "commit " + f["commit"], Path(m.file).name])
 
 
 def fill(found: list[Measured]) -> list[Filled]: # one for each of `lines()`
@@ -217,14 +220,15 @@ def left_out(found: list[Measured]) -> list[str]: # one sentence a file
     stray = {}
     for m in found:
         if m.figure in (*QUALITY, TIME, *SCORES) and not any(concerns(line, m) for line in lines()):
-            stray.setdefault(m.file, set()).add(f"{m.model or 'none of the tables models'}{'' if m.facts.get('cfg') is None else ' at cfg ' + format(m.facts['cfg'], 'g')}")
+            cfg = m.facts.get("cfg")
+            stray.setdefault(m.file, set()).add((m.model or "no model of the tables") + ("" if cfg is None else f" at cfg {cfg:g}"))
     return [f"{file}: {', '.join(sorted(of))}" for file, of in stray.items()]
 
 # %% ../nbs/13c_tables.ipynb #13-016
 def rows(filled: list[Filled], table: str) -> list[dict]:
     "The cells of one table as text."
     name = lambda l: f"{l.model}, cfg {l.cfg:g}" if l.cfg and (l.model.startswith("MAR-") or table == "cfg") else l.model
-    return [{"model": name(f.line), "": f.line.figure, "paper": "-" if f.line.paper is None else f"{f.line.paper:g}", "ours": f.ours or "-", "how measured": f.how} for f in filled if f.line.table == table]
+    return [{"model": name(f.line), "": f.line.figure, "paper": "-" if f.line.paper is None else f"{f.line.paper:.{_DIGITS.get(f.line.figure, 2)}f}", "ours": f.ours or "-", "how measured": f.how} for f in filled if f.line.table == table]
 
 
 def render(filled: list[Filled],   # from `fill`
