@@ -228,7 +228,7 @@ def _digest(net):
     for k, v in sorted(net.state_dict().items()): h.update(f"{k} {v.dtype} {list(v.shape)}".encode() + v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
 
-# %% ../nbs/13b_features.ipynb #13-020
+# %% ../nbs/13b_features.ipynb #13-024
 def extract(images: Images,                   # of which
             net: Extractor,                   # with which network
             cache: Path | str | None = None,  # folder for features; None = they are not kept
