@@ -170,7 +170,7 @@ def _figures(fake, real, reference, net):
     return dict(n=n, fid=line["fid"] if line else fid(own, stats), fid_infinity=line and line["infinity"], is_mean=is_mean, is_std=is_std, kid=kid_mean, kid_std=kid_std, precision=precision, recall=recall,
                 n_reference=None if r is None else len(r), extractor=dict(name=net.name, sha256=net.digest, features=F), scores=scores, warnings=small_sample(n, F, line, None if reference.stats or r is None else len(r), "logits" in fake))
 
-# %% ../nbs/13b_fidelity.ipynb #13-035
+# %% ../nbs/13b_fidelity.ipynb #13-038
 def measure_drawn(draw,                            # (number of the batch, labels [b] long) -> images [b, C, H, W] in [0, 1]; seeded by the number alone
                   n: int,                          # images
                   classes: int,                    # C; labels are balanced

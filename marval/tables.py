@@ -156,14 +156,18 @@ def read_results(places,  # folders, of which every .json in them and below is l
     return found
 
 # %% ../nbs/13c_tables.ipynb #13-012
-def concerns(line: Line, m: Measured) -> bool:
+def concerns(line: Line,  # of the paper
+             m: Measured, # from a file
+             ) -> bool:
     "Is this measurement about this line: same figure, same model, same guidance (of a time: guided at all)?"
     if (m.figure, m.model) != (line.figure, line.model): return False
     if line.figure == TIME: return not line.model.startswith("MAR-") or (m.facts.get("cfg") or 1) > 1
     return line.cfg is None or m.facts.get("cfg") == line.cfg
 
 
-def refusal(line: Line, m: Measured) -> str: # empty = it may stand there
+def refusal(line: Line,  # of the paper
+            m: Measured, # that concerns it
+            ) -> str:    # empty = it may stand there
     "Why a measurement that concerns a line has no place in it."
     f = m.facts
     if missing := [k for k in ("device", "commit") if not f.get(k) or f[k] == "unknown"]: return f"no {' and no '.join(missing)}"
@@ -175,7 +179,9 @@ def refusal(line: Line, m: Measured) -> str: # empty = it may stand there
     return ""
 
 
-def labels(line: Line, m: Measured) -> list[str]: # empty = the paper's own protocol
+def labels(line: Line,     # of the paper
+           m: Measured,    # that concerns it, and may stand there
+           ) -> list[str]: # empty = the paper's own protocol
     "What has to be said beside a figure."
     f, mar = m.facts, line.model.startswith("MAR-")
     rules = [(line.figure in QUALITY and f.get("n") != N, f"n = {f.get('n')}"), (line.K is not None and f.get("K") != line.K, f"K = {f.get('K')}"), (mar and f.get("chain") != CHAIN, f"chain of {f.get('chain')}"),
@@ -194,7 +200,8 @@ class Filled:
     measured: Measured | None = None
 
 
-def how(m: Measured) -> str:
+def how(m: Measured, # with device and commit
+        ) -> str:
     "Where a figure comes from, in one line."
     f = m.facts
     def said(k, text="{}"): return [text.format(f[k])] if f.get(k) is not None else []
@@ -202,7 +209,8 @@ def how(m: Measured) -> str:
     return "; ".join([*said("n", "n = {}"), *said("K", "K = {}"), *chain, *said("cfg", "cfg {}"), *said("detail"), *said("images", "drawn from {}" if f.get("K") else "images of {}"), *said("reference", "against {}"), *said("loop", "{} loop"), *said("dtype"), f["device"], "commit " + f["commit"], Path(m.file).name])
 
 
-def fill(found: list[Measured]) -> list[Filled]: # one for each of `lines()`
+def fill(found: list[Measured], # from `read_results`
+         ) -> list[Filled]:     # one for each of `lines()`
     "Each line with the measurement that serves it best, or the reasons why none does."
     def one(line):
         about = [m for m in found if concerns(line, m)]
@@ -215,7 +223,8 @@ def fill(found: list[Measured]) -> list[Filled]: # one for each of `lines()`
     return [one(line) for line in lines()]
 
 
-def left_out(found: list[Measured]) -> list[str]: # one sentence a file
+def left_out(found: list[Measured], # from `read_results`
+             ) -> list[str]:        # one sentence a file
     "Measurements that no line is about."
     stray = {}
     for m in found:
@@ -225,7 +234,9 @@ def left_out(found: list[Measured]) -> list[str]: # one sentence a file
     return [f"{file}: {', '.join(sorted(of))}" for file, of in stray.items()]
 
 # %% ../nbs/13c_tables.ipynb #13-016
-def rows(filled: list[Filled], table: str) -> list[dict]:
+def rows(filled: list[Filled], # from `fill`
+         table: str,           # of `TITLES`
+         ) -> list[dict]:      # a dictionary a line
     "The cells of one table as text."
     name = lambda l: f"{l.model}, cfg {l.cfg:g}" if l.cfg and (l.model.startswith("MAR-") or table == "cfg") else l.model
     return [{"model": name(f.line), "": f.line.figure, "paper": "-" if f.line.paper is None else f"{f.line.paper:.{_DIGITS.get(f.line.figure, 2)}f}", "ours": f.ours or "-", "how measured": f.how} for f in filled if f.line.table == table]
@@ -244,7 +255,8 @@ def render(filled: list[Filled],   # from `fill`
     return "\n\n".join(map(one, tables))
 
 # %% ../nbs/13c_tables.ipynb #13-025
-def times(found: list[Measured]) -> dict:  # (device, type, clock) -> model -> `Measured`
+def times(found: list[Measured], # from `read_results`
+          ) -> dict:             # (device, type, clock) -> model -> `Measured`
     "Seconds an image at batch 1 with K = 64, decoded, eager loops (ours: plain; diffusers' own), from `bench/baselines.py`; of several the first file counts."
     out = {}
     for m in found:
@@ -257,7 +269,8 @@ def times(found: list[Measured]) -> dict:  # (device, type, clock) -> model -> `
 PAPER_SECONDS = {m: v[-1] for m, v in _MAIN.items()}  # one A100, batch 1
 
 # %% ../nbs/13c_tables.ipynb #13-029
-def command(line: Line) -> str:
+def command(line: Line, # of the paper
+            ) -> str:
     "What to type, one command a line; capitals stand for files of yours."
     if line.figure == TIME: return "python bench/baselines.py"
     seen, size = "--reference adm_in256_stats.npz --inception INCEPTION.pth", {v: k for k, v in SCALES.items()}.get(line.model.split(" ")[0][-1])
@@ -270,7 +283,8 @@ def command(line: Line) -> str:
     return f"{train}\nmarval-evaluate --weights {run}/{product}.safetensors --vae kl16.ckpt {seen} --time 5{scores} --out results/{run.split('/')[1]}-{product}.json"
 
 
-def missing(filled: list[Filled]) -> dict[str, list[Line]]: # command(s) -> the lines that they fill
+def missing(filled: list[Filled],        # from `fill`
+            ) -> dict[str, list[Line]]:  # command(s) -> the lines that they fill
     "What is empty, grouped by what fills it."
     out = {}
     for f in filled:
