@@ -1,11 +1,10 @@
 "bench/baselines.py at a tiny size, its result in the tables, and the architectures it builds at full size."
 import importlib.util
 import json
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, environment
+import torch
+from conftest import ROOT
 
 pytest.importorskip("diffusers")
 
@@ -27,13 +26,12 @@ def test_published_sizes(name, baselines):
     with pytest.raises(RuntimeError, match="within 1 %"): baselines.agreed(name, (made["parameters"], None), (made["published_parameters"] * 1.02, None))
 
 
-def test_tiny(tmp_path):
-    "The command, twice: the second replaces its own row alone. Tiny networks have no place in the tables; what full ones would say has, with its labels."
+def test_tiny(baselines, tmp_path):
+    "The program, twice: the second replaces its own row alone. Tiny networks have no place in the tables; what full ones would say has, with its labels."
     from marval.tables import fill, read_results
     out = tmp_path / "baselines.json"
-    for models in (["ADM", "DiT-XL/2", "MAR-B", "MARVAL-B"], ["ADM"]):
-        done = subprocess.run([sys.executable, ROOT / "bench" / "baselines.py", "--device", "cpu", "--threads", "1", "--tiny", "--rounds", "1", "--models", *models, "--paths", "plain", "--out", out], env=environment(), capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr
+    with torch.random.fork_rng():
+        for models in (["ADM", "DiT-XL/2", "MAR-B", "MARVAL-B"], ["ADM"]): baselines.main(["--device", "cpu", "--tiny", "--rounds", "1", "--models", *models, "--paths", "plain", "--out", str(out)])
     runs = json.loads(out.read_text())["runs"]
     assert [r["model"] for r in runs] == ["ADM", "DiT-XL/2", "MAR-B", "MARVAL-B"] and all(r["seconds"] > 0 and r["weights"] == "random" and r["decoded"] for r in runs)
     adm, dit = runs[:2]
