@@ -151,6 +151,7 @@ def _checked(a):
         if getattr(a, k) and not a.reward: raise BadInput(f"--{k.replace('_', '-')} without --reward: expected both")
     for k in ("reward_weights", "reward_model"):
         if getattr(a, k) and len(getattr(a, k)) != len(a.reward): raise BadInput(f"{len(getattr(a, k))} --{k.replace('_', '-')} for {len(a.reward)} --reward: expected one for each, in turn")
+    if "clip" in (a.reward or ()) and not a.reward_weights: raise BadInput("--reward clip without --reward-weights: expected the file of its weights")
     if a.reward and len(set(a.reward)) < len(a.reward): raise BadInput(f"--reward {' '.join(a.reward)}: expected different ones")
     for k, least in (("n", 5), ("batch", 1), ("size", 8), ("K", 1), ("teacher_chain", 2), ("time", 1)):
         if (v := getattr(a, k)) is not None and v < least: raise BadInput(f"--{k.replace('_', '-')} {v}: expected at least {least}")
