@@ -219,7 +219,7 @@ def fill(found: list[Measured], # from `read_results`
         rank = lambda m: (len(labels(line, m)), "A100" not in m.facts["device"] if line.figure == TIME else -m.facts["n"], m.value if line.figure == TIME else 0, m.file)
         best, *others = sorted(fit, key=rank)
         beside = labels(line, best)
-        return Filled(line, f"{best.value:.4g}" + (f" ({'; '.join(beside)})" if beside else ""), how(best) + (f"; {len(others)} more in other files or loops" if others else ""), best)
+        return Filled(line, (f"{best.value:.4g}" if abs(best.value) < 1e4 else f"{best.value:.0f}") + (f" ({'; '.join(beside)})" if beside else ""), how(best) + (f"; {len(others)} more in other files or loops" if others else ""), best)
     return [one(line) for line in lines()]
 
 
