@@ -143,7 +143,7 @@ def measure(images: Tensor,        # [n, 1, 8, 8] generated, in [0, 1]
                 accuracy=accuracy(images, labels, net), coverage=coverage(features(net, images), features(net, real_images)),
                 diversity=diversity(images, labels, real_images, real_labels), reward=mean_log_p(judges.reward_net), heldout_reward=mean_log_p(net))
 
-# %% ../nbs/13_evaluate.ipynb #13-028
+# %% ../nbs/13_evaluate.ipynb #13-030
 def token_agreement(student: Tensor,  # [N, M, D]: M draws of each of N contexts' tokens
                     teacher: Tensor,  # [N, M', D]: the teacher's draws from the same contexts
                     ) -> dict:        # energy: in units of the tokens, 0 = equal; std_ratio: 1 = equal
@@ -154,7 +154,7 @@ def token_agreement(student: Tensor,  # [N, M, D]: M draws of each of N contexts
     std = lambda x: x.var(1).sum(-1).sqrt()
     return dict(energy=energy.mean().item(), std_ratio=(std(s) / std(t)).mean().item())
 
-# %% ../nbs/13_evaluate.ipynb #13-032
+# %% ../nbs/13_evaluate.ipynb #13-034
 def seconds_side_by_side(draws: dict,       # name -> (n -> n images); what is timed
                          batches=(1, 64),   # batch sizes
                          repeats: int = 5,  # rounds; the median of each counts
@@ -182,7 +182,7 @@ def seconds_per_image(draw,               # n -> n images; what is timed
     "As `seconds_side_by_side`, of one alone."
     return seconds_side_by_side({"": draw}, batches, repeats)[""]
 
-# %% ../nbs/13_evaluate.ipynb #13-035
+# %% ../nbs/13_evaluate.ipynb #13-037
 MODELS = ("teacher", "one_step_init", "student", "student_rl")
 MEASURES = dict(fd="Frechet distance to all real digits, held-out features, in percent of the variance of real digits; lower is better",
                 kid="kernel distance, same features; lower is better", precision="share of images near a real one", recall="share of real ones near an image",

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['INCEPTION', 'Images', 'to_bytes', 'folder_images', 'array_images', 'read_arrays', 'open_images', 'dataset_images',
-           'drawn_images', 'balanced_labels', 'Extractor', 'inception_file', 'extractor', 'extract']
+           'drawn_images', 'balanced_labels', 'Extractor', 'inception_file', 'extractor', 'with_scores', 'extract']
 
 # %% ../nbs/13b_features.ipynb #13-003
 import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Callable
@@ -35,6 +35,7 @@ class Images:
     read: Callable[[int, int], Tensor]  # (start, stop) -> [stop - start, C, H, W], uint8 or in [0, 1]
     batch: int = 50                     # B, rows of a batch
     recipe: dict | None = None          # what they are, plain values; None = their features are not kept
+    labels: Tensor | None = None        # [n] long, the class that each was drawn for; None = not known
 
     def stretches(self) -> list[tuple[int, int]]: return [(i, min(i + self.batch, self.n)) for i in range(0, self.n, self.batch)]
 
@@ -127,7 +128,7 @@ def drawn_images(draw,                 # (number of the batch, labels [b] long) 
     "Images straight from a sampler. The random numbers of a batch must depend on its number alone."
     def read(start, stop):
         with torch.inference_mode(): return draw(start // batch, labels[start:stop])
-    return Images(len(labels), read, batch, recipe)
+    return Images(len(labels), read, batch, recipe, labels)
 
 
 def balanced_labels(n: int,       # images
@@ -148,12 +149,18 @@ class Extractor:
     net: nn.Module         # uint8 [B, 3, H, W] -> tuple of tensors
     layers: tuple          # place of the features in that tuple, and of the logits (None: there are none)
     device: str | torch.device = "cpu"
+    scores: dict = field(default_factory=dict) # name -> (reward: images in [0, 1] and labels -> [B]; SHA-256 of its weights and words), see `with_scores`
 
     @torch.inference_mode()
-    def __call__(self, images: Tensor) -> dict[str, Tensor]: # uint8 [B, 3, H, W] -> features [B, F] and, where there are such, logits [B, C]; float32, on the CPU
+    def __call__(self, images: Tensor, # uint8 [B, 3, H, W]
+                 labels: Tensor | None = None, # [B] long; None = not known, no scores
+                 ) -> dict[str, Tensor]: # features [B, F] and, where there are such, logits [B, C] and scores [B]; float32, on the CPU
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False): out = self.net(images.to(self.device))
         out = out if isinstance(out, tuple) else (out,)
-        return {k: out[i].float().cpu() for k, i in zip(("features", "logits"), self.layers) if i is not None and i < len(out)}
+        found = {k: out[i].float().cpu() for k, i in zip(("features", "logits"), self.layers) if i is not None and i < len(out)}
+        if labels is None or not self.scores: return found
+        x, y = images.to(self.device) / 255, labels.to(self.device)
+        return found | {f"score {name}": reward(x, y).float().cpu() for name, (reward, _) in self.scores.items()}
 
 
 def inception_file(path: Path | str | None = None, # the file, if it is known
@@ -197,6 +204,14 @@ def extractor(net=INCEPTION,                   # a name registered with torch-fi
     return Extractor(net, sha256(weights) if weights else _digest(built), built.eval().requires_grad_(False).to(device), (0, None if wanted[0] == wanted[1] else 1), device)
 
 
+def with_scores(net: Extractor, # looks at images
+                rewards: dict,  # name -> module: images [B, 3, H, W] in [0, 1], labels [B] -> [B], e.g. from `make_text_reward`
+                words: str = "", # what a score depends on besides the module's weights: prompt, names of classes
+                ) -> Extractor: # gives a score of each image too, where labels are known
+    "The same 8-bit images, shown to rewards as well: one drawing serves all figures."
+    return replace(net, scores={k: (r, hashlib.sha256((_digest(r) + words).encode()).hexdigest()) for k, r in rewards.items()})
+
+
 def _built(kind, name, layers, weights):
     "An extractor of torch-fidelity's around a file that has been read safely."
     if not Path(weights).is_file(): raise BadInput(f"{weights}: no such file; expected the weights of {name}")
@@ -213,12 +228,12 @@ def _digest(net):
     for k, v in sorted(net.state_dict().items()): h.update(f"{k} {v.dtype} {list(v.shape)}".encode() + v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
 
-# %% ../nbs/13b_features.ipynb #13-020
+# %% ../nbs/13b_features.ipynb #13-024
 def extract(images: Images,                   # of which
             net: Extractor,                   # with which network
             cache: Path | str | None = None,  # folder for features; None = they are not kept
             title: str | None = None,         # name of a progress bar; None = no bar
-            ) -> dict[str, Tensor] | None:    # features [n, F], logits [n, C], float32; None on ranks other than 0
+            ) -> dict[str, Tensor] | None:    # features [n, F], logits [n, C], scores [n], float32; None on ranks other than 0
     r"$f(x_i)$, in the order of $i$. Raises `BadInput` on every rank where one can't read an image."
     agree(images.n, "the number of images")
     stretches, folder = images.stretches(), _shelf(cache, images, net)
@@ -226,7 +241,7 @@ def extract(images: Images,                   # of which
     try:
         with _bar(title, 0, len(stretches[rank()::world()]), bool(title) and rank() == 0) as bar:
             for start, stop in stretches[rank()::world()]:
-                mine[start] = _kept(folder and folder/f"{start:07d}-{stop:07d}.safetensors", lambda: net(to_bytes(images.read(start, stop))))
+                mine[start] = _kept(folder and folder/f"{start:07d}-{stop:07d}.safetensors", lambda: net(to_bytes(images.read(start, stop)), None if images.labels is None else images.labels[start:stop]))
                 bar.update()
     except BadInput as e: error = e
     _raise_together(error)
@@ -240,7 +255,7 @@ def extract(images: Images,                   # of which
 def _shelf(cache, images, net):
     "The folder for features of these images, made, with its recipe."
     if not cache or images.recipe is None: return None
-    recipe = dict(images=images.recipe, batch=images.batch, extractor=net.name, weights=net.digest, device=torch.device(net.device).type)
+    recipe = dict(images=images.recipe, batch=images.batch, extractor=net.name, weights=net.digest, device=torch.device(net.device).type, **({"scores": {k: digest for k, (_, digest) in net.scores.items()}} if net.scores else {}))
     folder = ensure_folder(Path(cache)/hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16])
     on_first(lambda: _place(folder/"recipe.json", lambda tmp: write_json(tmp, recipe)))
     return folder

@@ -146,7 +146,7 @@ def fidelity(images: Images,                  # generated, at least 5
              net: Extractor,                  # from `extractor`
              cache: Path | str | None = None, # folder for features; None = they are not kept
              title: str | None = None,        # name of the progress bars; None = no bars
-             ) -> dict:                       # n, fid, fid_infinity, is_mean, is_std, kid, kid_std, precision, recall, n_reference, extractor, warnings; None where something can't be told
+             ) -> dict:                       # n, fid, fid_infinity, is_mean, is_std, kid, kid_std, precision, recall, n_reference, extractor, scores, warnings; None where something can't be told
     "Every figure, the same for any number of processes, on all of them. Raises `BadInput` on all of them."
     for what, found in (("", images), ("the reference: ", reference.images)):
         if found and found.n < 5: raise BadInput(f"{what}{found.n} images; expected at least 5")
@@ -166,10 +166,11 @@ def _figures(fake, real, reference, net):
     line = fid_infinity(f, stats) if n < PROTOCOL else None
     (is_mean, is_std), (kid_mean, kid_std), (precision, recall) = [g() if ok else (None, None) for ok, g in (
         ("logits" in fake, lambda: inception_score(fake["logits"])), (real, lambda: kid(f, r)), (real, lambda: precision_recall(f, r)))]
+    scores = {k.removeprefix("score "): dict(mean=v.double().mean().item(), standard_error=v.double().std().item() / n**0.5) for k, v in fake.items() if k.startswith("score ")}
     return dict(n=n, fid=line["fid"] if line else fid(own, stats), fid_infinity=line and line["infinity"], is_mean=is_mean, is_std=is_std, kid=kid_mean, kid_std=kid_std, precision=precision, recall=recall,
-                n_reference=None if r is None else len(r), extractor=dict(name=net.name, sha256=net.digest, features=F), warnings=small_sample(n, F, line, None if reference.stats or r is None else len(r), "logits" in fake))
+                n_reference=None if r is None else len(r), extractor=dict(name=net.name, sha256=net.digest, features=F), scores=scores, warnings=small_sample(n, F, line, None if reference.stats or r is None else len(r), "logits" in fake))
 
-# %% ../nbs/13b_fidelity.ipynb #13-035
+# %% ../nbs/13b_fidelity.ipynb #13-038
 def measure_drawn(draw,                            # (number of the batch, labels [b] long) -> images [b, C, H, W] in [0, 1]; seeded by the number alone
                   n: int,                          # images
                   classes: int,                    # C; labels are balanced

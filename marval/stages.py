@@ -414,7 +414,7 @@ def _evaluate_photographs(road, figures):
         folder = ensure_folder(road.out/"samples"/name)
         for i, (picture, text) in enumerate(zip(x, said)): save_png(folder/f"{i:04d} {text.replace('/', '-')[:120]}.png", image_grid(picture[None]))
     speedup = {f"speedup{way}": {b: s / times["student"][f"seconds_per_image{way}"][b] for b, s in times["teacher"][f"seconds_per_image{way}"].items()} for way in ("", "_fast")}
-    metrics = _facts(road, n, _history(road.out)[1]) | dict(prompts=said, **speedup, **{name: t | figures.get(name, {}) for name, t in times.items()})
+    metrics = _facts(road, n, _history(road.out)[1]) | dict(prompts=said, cfg_schedule=road.cfg.sampling.cfg_schedule, reference=road.cfg.evaluate.reference or None, **speedup, **{name: t | figures.get(name, {}) for name, t in times.items()})
     told = lambda name: "".join(f"  {k} {figures[name][k]:.3f}" for k in ("fid", "is_mean", "kid", "precision", "recall") if figures and figures[name][k] is not None)
     print("\n" + "\n".join(f"{name:<14} {1e3 * t['seconds_per_image_fast']['1']:8.1f} ms an image at batch 1, decoded ({1e3 * t['seconds_per_image']['1']:.1f} by the plain loop){told(name)}" for name, t in times.items()) + f"\n{n} images a model in {road.out/'samples'}"
           + ("" if figures else "; FID and its kin need evaluate.reference") + "\n", flush=True)

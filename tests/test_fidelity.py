@@ -109,7 +109,7 @@ def ended(folder, tmp_path_factory):
     kept = sorted(p.name for p in (out / "killed").rglob("*.safetensors"))
     assert dying.returncode == -signal.SIGKILL
     bad = ["--images", str(folder / "one bad"), "--batch", "5", "--reference", str(folder / "stats.npz"), "--extractor", "small", "--device", "cpu"]
-    ranks = [(*rank.communicate(timeout=300), rank.returncode) for rank in start(2, [json.dumps([(argv("two"), 0), (argv("killed"), 0), (bad, 0)])], __file__)]
+    ranks = [(*rank.communicate(timeout=300), rank.returncode) for rank in start(2, [json.dumps([([*argv("two"), "--time", "2"], 0), (argv("killed"), 0), (bad, 0)])], __file__)]
     assert [rc for *_, rc in ranks] == [0, 0], ranks
     parts = [[re.findall(r"(.*?)== (status \d, drew \d+)\n", text, re.S) for text in rank[:2]] for rank in ranks]
     said = [[(o[job][0], e[job][0], o[job][1]) for o, e in parts] for job in range(3)]
@@ -125,7 +125,8 @@ def test_two_ranks_are_one(ended):
     assert figures(results["two"]) == figures(results["one"]) and results["two"]["images"] == results["one"]["images"]
     assert (results["one"]["ranks"], results["two"]["ranks"], results["one"]["n"]) == (1, 2, 73)
     assert out.count("FID") == 1 and out2 == "" and err.count("warning: FID of 73 images is biased upwards") == err.count("warning: The Inception score of 73 images is biased downwards") == 1 and err2 == ""
-    assert status == status2 == "status 0, drew 5"                                            # 8 batches, and a rehearsal each
+    assert (status, status2) == ("status 0, drew 8", "status 0, drew 5")                      # 8 batches, and a rehearsal each; three single images timed by the first
+    assert results["one"]["time"] is None and results["two"]["time"]["rounds"] == 2 and results["two"]["time"]["seconds"] > 0
 
 
 def test_killed_goes_on(ended):
@@ -203,6 +204,13 @@ BAD = {
     "Inception not there": (["--weights", "student.safetensors", "--extractor", "inception-v3-compat", "--inception", "none.pth"], "none.pth"),
     "foreign Inception": (["--weights", "student.safetensors", "--extractor", "inception-v3-compat", "--inception", "foreign.pth"], "foreign.pth"),
     "out": (["--weights", "student.safetensors", "--out", "result.txt"], "result.txt"),
+    "reward without names": (["--weights", "student.safetensors", "--reward", "clip", "--reward-weights", "clip.pt"], "--names"),
+    "weights without reward": (["--weights", "student.safetensors", "--reward-weights", "clip.pt"], "--reward-weights without --reward"),
+    "a weight too many": (["--weights", "student.safetensors", "--reward", "clip", "--reward-weights", "a", "--reward-weights", "b"], "2 --reward-weights for 1"),
+    "reward of a folder": (["--images", "one bad", "--reward", "clip"], "--reward"),
+    "model of a network": (["--weights", "student.safetensors", "--model", "ADM"], "--model"),
+    "time": (["--weights", "student.safetensors", "--time", "0"], "--time 0"),
+    "tables and more": (["--tables", "."], "--tables with --reference"),
     "unwritable": (["--weights", "student.safetensors", "--out", "student.safetensors/result.json"], "cannot write student.safetensors"),
 }
 
