@@ -32,14 +32,14 @@ GOAL, LARGE = 1.2, ["rl.batch=8", "sampling.K=64", "compute.accumulate=1", "rl.r
 
 def images_and_reward(cfg, device):
     "KL-16 and an image tower of the configuration's architecture, both with random weights."
-    from marval.text_rewards import TextReward, architecture, build_towers
+    from marval.text_rewards import TextScore, architecture, build_towers
     from marval.vae import KL16
     arch, m = architecture(cfg.rl.reward_model), cfg.model
     with torch.device(device): vae = KL16(channels=m.vae_embed_dim).eval().requires_grad_(False)
     tower = build_towers(arch, device)
     visual = tower.visual.to(torch.bfloat16 if cfg.compute.precision == "bf16" else torch.float32)
-    reward = TextReward(arch, visual, torch.randn(m.class_num, arch.config["embed_dim"], device=device), 1.0, checkpoint=True)
-    return (lambda z: to_images(vae.decode(z / cfg.data.latent_scale, checkpoint=True))), reward, (vae, reward)
+    score, text = TextScore(arch, visual, 1.0, checkpoint=True), torch.randn(m.class_num, arch.config["embed_dim"], device=device)
+    return (lambda z: to_images(vae.decode(z / cfg.data.latent_scale, checkpoint=True))), (lambda x, y: score.score(x, text[y])), (vae, score)
 
 
 def build(args, cfg):

@@ -145,8 +145,8 @@ class Photographs(Road):
 
     def eyes(self, *rewards):
         "images -> features [B, F]: Inception's where `evaluate.inception` is given, else those of the first reward that has any, else nothing."
-        from marval.text_rewards import TextScore
-        if not self.cfg.evaluate.inception: return next((part.features for r in rewards if r for part in r.modules() if isinstance(part, TextScore)), None)
+        parts = (part for r in rewards for part in getattr(r, "modules", lambda: (r,))())     # a sum's scores lie inside
+        if not self.cfg.evaluate.inception: return next((part.features for part in parts if hasattr(part, "features")), None)
         from marval.features import extractor, to_bytes
         net = extractor(weights=self.cfg.evaluate.inception, device=self.device)
         return lambda x: net(to_bytes(x))["features"]
