@@ -55,5 +55,5 @@ def test_benches(tmp_path):
     assert cell["runs"]["GSIM, share contexts, phi_mul 2"]["flops"] < cell["runs"]["GSIM, share none, phi_mul 2"]["flops"]
     runs = {(r["recompute"], r["K"]): r for r in run("rl.py", "--K", "2", "8")["runs"]}
     assert set(runs) == {(way, K) for way in ("steps", "none") for K in (2, 8)}
-    assert runs["none", 8]["peak_bytes"] > 1.5 * runs["none", 2]["peak_bytes"] and runs["steps", 8]["peak_bytes"] < 1.2 * runs["steps", 2]["peak_bytes"]
+    assert runs["none", 8]["peak_bytes"] > 2 * runs["none", 2]["peak_bytes"] and runs["steps", 8]["peak_bytes"] < 1.5 * runs["steps", 2]["peak_bytes"]
     for r in runs.values(): assert 0.8 < r["peak_bytes"] / r["predicted_bytes"] < 1.8
