@@ -177,9 +177,10 @@ class ImageReward(nn.Module):
     def __init__(self,
                  sizes: BlipSizes = BlipSizes(), # of the two encoders
                  words=None,                     # see `word_pieces`; None = `encode` and `forward` are not asked for
-                 checkpoint: bool = False):      # keep the input of each block of both encoders alone, and compute the rest again on the way back
+                 checkpoint: bool = False,       # keep the input of each block of both encoders alone, and compute the rest again on the way back
+                 levels: bool = True):           # round resized images as PIL does, see `prepare`
         super().__init__()
-        self.sizes, self.words = sizes, words
+        self.sizes, self.words, self.levels = sizes, words, levels
         self.blip = nn.ModuleDict({"visual_encoder": ImageEncoder(sizes, checkpoint), "text_encoder": TextEncoder(sizes, checkpoint)})
         wide, gap = (sizes.text_width, 1024, 128, 64, 16, 1), nn.Identity
         a, b, c, d, e = (nn.Linear(*two) for two in zip(wide, wide[1:]))
@@ -199,7 +200,7 @@ class ImageReward(nn.Module):
               encoded: Tensor,  # [B, 2, 35] long, see `encode`, on the images' device
               ) -> Tensor:      # [B] score, float32 whatever the encoders' dtype
         "Raises `BadInput` for other shapes."
-        x, image, text = prepare(images, self.sizes.image, *_LOOK), self.blip["visual_encoder"], self.blip["text_encoder"]
+        x, image, text = prepare(images, self.sizes.image, *_LOOK, levels=self.levels), self.blip["visual_encoder"], self.blip["text_encoder"]
         if encoded.shape != (len(x), 2, _LENGTH): raise BadInput(f"encoded prompts of shape {list(encoded.shape)}; expected {[len(x), 2, _LENGTH]}, one for each image")
         h = text(encoded[:, 0], encoded[:, 1].bool(), image(x.to(image.pos_embed.dtype)))
         last = self.mlp["layers"]
