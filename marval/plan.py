@@ -9,7 +9,7 @@ __all__ = ['GPUS', 'REACHED', 'Saved', 'Operations', 'Pass', 'Meter', 'Through',
 # %% ../nbs/14_plan.ipynb #14-003
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +83,7 @@ class Meter:
                  precision: str = "bf16",      # of forward passes, as `compute.precision`
                  blocks: bool = False,         # whether blocks are recomputed, as with `compute.recompute=blocks`
                  dropout: bool = False):       # whether it is at work, as it is in the teacher's training alone
-        self.m, self.precision, self.blocks, self.fake = model, precision, blocks, FakeTensorMode()
+        self.m, self.precision, self.blocks, self.fake, self.seen = model, precision, blocks, FakeTensorMode(), True  # seen: whether the way back is run, too
         with self.fake: self.nets = [MAR(replace(model, depth=d, head_depth=d)).train(dropout) for d in (1, 2)]
         for net in self.nets:
             net.recompute = blocks
@@ -91,14 +91,33 @@ class Meter:
         with torch.device("meta"): whole = MAR(model)
         units = [_count(b) for part in (whole.encoder_blocks, whole.decoder_blocks, whole.diffloss["net"].res_blocks) for b in part]
         self.params, self.unit = _count(whole), max(*units, _count(whole) - sum(units))        # all, and the largest piece that FSDP puts together
-        self.points = [(n, self.run(1, n), self.run(2, n)) for n in (0, self.m.seq_len // 2, self.m.seq_len)]
-        tokens = lambda **kw: [self._deep(lambda net: net.head(*self._rows(N, **kw)), self.m.head_depth) for N in (1, 2)]
-        self.conds = [self._measure(lambda net: net.head_cond(self._rows(N, c=True)[2]), self.nets[0]) for N in (1, 2)]
-        self.trained, self.generator, h = tokens(c=True), tokens(c=True, times=1), self._empty(1, self.m.buffer_size + self.m.seq_len, self.m.width).requires_grad_()
-        self.block = self._measure(lambda net: net.decoder_blocks[0](h), self.nets[0], h).bytes if blocks else 0
+        self.points = [(n, *self._pair(lambda B: self.run(B, n))) for n in (0, self.m.seq_len // 2, self.m.seq_len)]
+
+    @cached_property
+    def trained(self): return self._pair(lambda N: self._tokens(N, c=True))                    # the head with the contexts: of one token, of two
+    @cached_property
+    def generator(self): return [self._tokens(N, c=True, times=1) for N in (1, 2)]             # all tokens at one time
+    @cached_property
+    def conds(self): return self._pair(lambda N: self._measure(lambda net: net.head_cond(self._rows(N, c=True)[2]), self.nets[0]))
+    @cached_property
+    def block(self): # bytes of one that is computed again
+        h = self._empty(1, self.m.buffer_size + self.m.seq_len, self.m.width).requires_grad_()
+        return self._measure(lambda net: net.decoder_blocks[0](h), self.nets[0], h).bytes if self.blocks else 0
+
+    @cached_property
+    def frozen(self):
         for net in self.nets: net.requires_grad_(False)
-        self.frozen = tokens(x=True)
-        for net in self.nets: net.requires_grad_(True)
+        try: return self._pair(lambda N: self._tokens(N, x=True))
+        finally:
+            for net in self.nets: net.requires_grad_(True)
+
+    def _pair(self, cost):
+        "Costs of one and of two, where operations are proportional to the number: only the bytes of two have to be seen."
+        one, self.seen = cost(1), False
+        try: return one, replace(cost(2), flops=2 * one.flops, back=2 * one.back)
+        finally: self.seen = True
+
+    def _tokens(self, N, **kw): return self._deep(lambda net: net.head(*self._rows(N, **kw)), self.m.head_depth)
 
     def _empty(self, *shape, **kw):
         with self.fake: return torch.empty(*shape, **kw)
@@ -110,6 +129,7 @@ class Meter:
     def _measure(self, f, net, *known):
         with self.fake, Saved(*net.parameters(), *known) as saved, Operations() as there, autocast(self.precision): y = f(net)
         y = y if isinstance(y, Tensor) else y[0]                                                      # of the head, the noise: its variance comes from the same product
+        if not self.seen: return Pass(saved.bytes, there.flops)
         with self.fake, Operations() as back: y.backward(torch.ones_like(y))
         net.zero_grad()
         return Pass(saved.bytes, there.flops, back.flops)
