@@ -137,9 +137,10 @@ def _need(name, path, what, exists=Path.is_file):
 
 def _check_files(cfg, stages, out):
     "Do the files that these stages read from elsewhere exist, and are they what they should be?"
-    from marval.guards import check_rl, watching
     reward = cfg.rl.reward
-    if "rl" in stages: check_rl(cfg)
+    if "rl" in stages and (cfg.rl.guard or cfg.rl.watch):                   # imports torch, so only where there is something to check
+        from marval.guards import check_rl, watching
+        check_rl(cfg)
     if cfg.data.name == "digits":
         if "rl" in stages and reward not in ("classifier", "clip"): raise BadInput(f"rl.reward={reward}: a reward on photographs; expected classifier or clip at this scale")
         if "rl" in stages and cfg.rl.prompts: raise BadInput(f"rl.prompts={cfg.rl.prompts}: for rewards on photographs; expected none at this scale")
