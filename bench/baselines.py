@@ -21,7 +21,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent))
-from sampling import CFG, DTYPES, Cell, Contestant, clock, random_weights
+from sampling import CFG, DTYPES, Cell, Contestant, clock, on_gpu, random_weights
 
 from marval.config import preset
 from marval.diffusion import Schedule
@@ -176,17 +176,13 @@ def arguments(argv=None):
     p.add_argument("--tiny", action="store_true", help="small networks and few steps: a trial of the program, whose times mean nothing")
     p.add_argument("--out", type=Path, default=None, help="default: bench/results/baselines_DEVICE.json")
     args = p.parse_args(argv)
-    gpu = args.device == "cuda"
-    if gpu and not torch.cuda.is_available(): p.error("--device cuda: there is no GPU here")
     if args.tiny and not args.out: p.error("--tiny: expected --out, so that no real result is replaced")
+    gpu = on_gpu(p, args, "baselines")
     if min(args.batch, args.K, args.rounds, args.measured or 1) < 1: p.error("--batch, --K, --rounds, --measured: expected at least 1")
-    if args.threads: torch.set_num_threads(args.threads)
     args.dtype = args.dtype or (["fp32", "bf16"] if gpu else ["fp32"])
     if args.measured is None and not gpu: args.measured = 3
     args.steps, args.chain_steps, args.vaes = (5, 3, {}) if args.tiny else (STEPS, 100, {})
     if args.tiny: args.K = min(args.K, 4)
-    short = torch.cuda.get_device_name().replace("NVIDIA", "").split()[0].lower() if gpu else "cpu"
-    args.out = args.out or Path(__file__).parent/"results"/f"baselines_{short}.json"
     return args
 
 

@@ -32,7 +32,7 @@ from marval.plan import Meter, training_step
 from marval.teacher import TeacherStage, masked_count
 from marval.train import Resident, step_generator, step_seed
 from memory import known_answer, peak, stored
-from sampling import DTYPES, clock, wait
+from sampling import DTYPES, clock, on_gpu, wait
 
 GOAL = 2.6  # times a training step
 
@@ -197,12 +197,8 @@ def arguments(argv=None):
     p.add_argument("--profile", metavar="FILE", help="write a Chrome trace of one step of each")
     p.add_argument("--out", type=Path, default=None, help="default: bench/results/distill_DEVICE.json")
     args = p.parse_args(argv)
-    gpu = args.device == "cuda"
-    if gpu and not torch.cuda.is_available(): p.error("--device cuda: there is no GPU here")
-    if args.threads: torch.set_num_threads(args.threads)
+    gpu = on_gpu(p, args, "distill")
     args.batch, args.precision, args.repeats = args.batch or (32 if gpu else 2), args.precision or ("bf16" if gpu else "fp32"), args.repeats or (5 if gpu else 1)
-    short = torch.cuda.get_device_name().replace("NVIDIA", "").split()[0].lower() if gpu else "cpu"
-    args.out = args.out or Path(__file__).parent/"results"/f"distill_{short}.json"
     return args
 
 

@@ -25,7 +25,7 @@ from marval.plan import Meter, _images, _rl, need
 from marval.rl import RLStage
 from marval.train import step_generator
 from memory import known_answer, peak, stored
-from sampling import DTYPES, clock
+from sampling import DTYPES, clock, on_gpu
 
 GOAL, LARGE = 1.2, ["rl.batch=8", "sampling.K=64", "compute.accumulate=1", "rl.recompute=steps"]
 
@@ -100,12 +100,8 @@ def arguments(argv=None):
     p.add_argument("--predict", action="store_true", help="only the large roll-out, on paper")
     p.add_argument("--out", type=Path, default=None, help="default: bench/results/rl_DEVICE.json")
     args = p.parse_args(argv)
-    gpu = args.device == "cuda"
-    if gpu and not torch.cuda.is_available(): p.error("--device cuda: there is no GPU here")
-    if args.threads: torch.set_num_threads(args.threads)
+    gpu = on_gpu(p, args, "rl")
     args.batch, args.precision, args.images = args.batch or (8 if gpu else 1), args.precision or ("bf16" if gpu else "fp32"), gpu if args.images is None else args.images
-    short = torch.cuda.get_device_name().replace("NVIDIA", "").split()[0].lower() if gpu else "cpu"
-    args.out = args.out or Path(__file__).parent/"results"/f"rl_{short}.json"
     return args
 
 

@@ -42,6 +42,16 @@ def wait(device):
     if device == "cuda": torch.cuda.synchronize()
 
 
+def on_gpu(p, args, name) -> bool:
+    "Is it a GPU that shall be measured? Ends the program where there is none; sets threads, and where results of this benchmark go."
+    gpu = args.device == "cuda"
+    if gpu and not torch.cuda.is_available(): p.error("--device cuda: there is no GPU here")
+    if args.threads: torch.set_num_threads(args.threads)
+    short = torch.cuda.get_device_name().replace("NVIDIA", "").split()[0].lower() if gpu else "cpu"
+    args.out = args.out or Path(__file__).parent/"results"/f"{name}_{short}.json"
+    return gpu
+
+
 def clock(device, f) -> dict:
     "Seconds of one call: on the wall, and of the processor."
     wait(device)
@@ -244,15 +254,11 @@ def arguments(argv=None):
     p.add_argument("--profile", metavar="PREFIX", help="after the first cell, write a Chrome trace of each contestant, PREFIX-name.json")
     p.add_argument("--out", type=Path, default=None, help="default: bench/results/sampling_DEVICE.json")
     args = p.parse_args(argv)
-    gpu = args.device == "cuda"
-    if gpu and not torch.cuda.is_available(): p.error("--device cuda: there is no GPU here")
-    if args.threads: torch.set_num_threads(args.threads)
+    gpu = on_gpu(p, args, "sampling")
     if args.decode is None: args.decode = gpu
     plain = ["fp32", "bf16"] if gpu else ["fp32"]
     fast = args.dtype or (["bf16"] if gpu else ["fp32"])
     args.paths = [(d, "fast") for d in fast] + [(d, "fast compile") for d in fast if args.compile] + [(d, "plain") for d in plain]
-    short = torch.cuda.get_device_name().replace("NVIDIA", "").split()[0].lower() if gpu else "cpu"
-    args.out = args.out or Path(__file__).parent/"results"/f"sampling_{short}.json"
     args.vaes = {}
     return args
 
