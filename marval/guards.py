@@ -158,7 +158,7 @@ class GuardedRL(RLStage):
         self.guards, kept = parse_guards(cfg.rl.guard), copy.deepcopy(student)      # before it is sharded
         self.seen = _Seen(len(self.guards))
         super().__init__(cfg, student, *args, **kwargs)
-        self.kept = frozen(kept.to(self.device), cfg.compute)
+        self.kept = frozen(kept.to(self.device), cfg.compute, kept=True)
 
     @property
     def iterations(self) -> int:

@@ -23,6 +23,7 @@ from .mar import MAR
 from .parallel import autocast
 from .sampling import reveal_counts
 from .teacher import masked_count
+from .train import _matrices
 
 # %% ../nbs/14_plan.ipynb #14-006
 class Saved(torch.autograd.graph.saved_tensors_hooks):
@@ -91,6 +92,7 @@ class Meter:
         with torch.device("meta"): whole = MAR(model)
         units = [_count(b) for part in (whole.encoder_blocks, whole.decoder_blocks, whole.diffloss["net"].res_blocks) for b in part]
         self.params, self.unit = _count(whole), max(*units, _count(whole) - sum(units))        # all, and the largest piece that FSDP puts together
+        self.asked = 4 * self.params - (precision == "bf16") * 2 * sum(_count(layer) for layer in whole.modules() if isinstance(layer, nn.Linear))  # bytes, where it is frozen
         self.points = [(n, *self._pair(lambda B: self.run(B, n))) for n in (0, self.m.seq_len // 2, self.m.seq_len)]
 
     @cached_property
@@ -105,11 +107,15 @@ class Meter:
         return self._measure(lambda net: net.decoder_blocks[0](h), self.nets[0], h).bytes if self.blocks else 0
 
     @cached_property
-    def frozen(self):
-        for net in self.nets: net.requires_grad_(False)
+    def through_trained(self): return self._through(torch.float32)                             # phi's head: autocast keeps a copy of its matrices
+    @cached_property
+    def through_frozen(self): return self._through(torch.bfloat16 if self.precision == "bf16" else torch.float32)
+
+    def _through(self, dtype):
+        for net in self.nets: _matrices(net.requires_grad_(False), dtype)
         try: return self._pair(lambda N: self._tokens(N, x=True))
         finally:
-            for net in self.nets: net.requires_grad_(True)
+            for net in self.nets: _matrices(net.requires_grad_(True), torch.float32)
 
     def _pair(self, cost):
         "Costs of one and of two, where operations are proportional to the number: only the bytes of two have to be seen."
@@ -169,9 +175,12 @@ class Meter:
         "The head as one-step generator, trained, all tokens at one time."
         return _line(*self.generator, N)
 
-    def through(self, N: int) -> Pass:  # tokens
-        "Frozen diffusion head, whose gradient in the noisy token is asked for."
-        return _line(*self.frozen, N)
+    def through(self,
+                N: int,       # tokens
+                frozen=True,  # as the teacher is, or for this update alone, as phi
+                ) -> Pass:
+        "Diffusion head whose gradient in the noisy token is asked for, and none in its weights."
+        return _line(*(self.through_frozen if frozen else self.through_trained), N)
 
 # %% ../nbs/14_plan.ipynb #14-021
 @dataclass(frozen=True)
@@ -305,7 +314,7 @@ def training_step(cfg: Config,  # a whole configuration
         h = meter.head(N, part.diffusion_mul)
         return Pass(peak(h), (c + h).flops, (c + h).back)
     guided, shared = 2 if cfg.sampling.cfg != 1 else 1, part.share == "contexts"
-    g, asked = meter.generate(N), meter.through(N) + meter.through(N * guided)
+    g, asked = meter.generate(N), meter.through(N, frozen=False) + meter.through(N * guided)
     alone, late = meter.head(N * part.phi_mul), meter.head(N, part.phi_mul)        # phi's head in an update of its own, in one that is shared
     phi, theta = (peak(g, late, contexts=2) if shared else peak(alone)), peak(g, asked)
     learn, move = c * part.phi_updates + alone * (part.phi_updates - shared) + late * shared, c + g + asked   # phi learns; theta moves, asking phi and teacher
@@ -343,9 +352,10 @@ def need(cfg: Config,  # a whole configuration
     B = max(1, getattr(cfg, stage).batch // parts)
     own, images, flops = _rl(cfg, meter, B) if stage == "rl" else (lambda peak, flops: (peak, 0, flops))(*_training(cfg, stage, meter, B))
     sharded = cfg.compute.sharding == "fsdp" and gpus > 1
-    P, trained, others = meter.params / (gpus if sharded else 1), 2 if stage == "distill" else 1, 1 if stage == "teacher" else 3 if stage == "rl" and cfg.rl.guard else 2
+    share, trained, kept = gpus if sharded else 1, 2 if stage == "distill" else 1, 2 if stage == "rl" and cfg.rl.guard else 1
+    P, others = meter.params / share, (4 * kept * meter.params + (stage != "teacher") * meter.asked) / share
     together = 2 if stage == "distill" and cfg.distill.share == "contexts" else 1
-    return Need(4 * trained * P + 16 * meter.unit * sharded, 4 * together * P, 8 * trained * P, 4 * others * P, own, images, parts * flops)
+    return Need(4 * trained * P + 16 * meter.unit * sharded, 4 * together * P, 8 * trained * P, others, own, images, parts * flops)
 
 # %% ../nbs/14_plan.ipynb #14-036
 @dataclass(frozen=True)

@@ -76,7 +76,8 @@ class RLStage(Watched):
         r"$L_{\text{RL}} = -E[R] + w_A E[A]$ of one roll-out with gradients."
         m, r = self.cfg.model, self.r
         with autocast(self.cfg.compute.precision, self.device):
-            tokens = sample(self.policy, labels, self.draw, self.cfg.sampling.K, orders=orders, noise=noise, checkpoint=r.recompute == "steps", grad_steps=r.grad_steps, reveal=self.cfg.sampling.reveal)
+            tokens = sample(self.policy, labels, self.draw, self.cfg.sampling.K, orders=orders, noise=noise, checkpoint=r.recompute == "steps", grad_steps=r.grad_steps,
+                            reveal=self.cfg.sampling.reveal, check=False)
         images = self.decode(unpatchify(tokens, m.patch_size))
         scores, parts = self.reward.in_parts(images, labels, *template) if hasattr(self.reward, "in_parts") else (self.reward(images, labels), {})
         reward = scores.mean()

@@ -192,12 +192,13 @@ def _ar_step(model, draw, orders, labels, n_known, n, cfg_k, null, tokens, noise
     x0 = rearrange(draw(model, c[0], c[1] if null else None, cfg_k, noise), "(b n) d -> b n d", b=B)
     return tokens.scatter(1, where.expand_as(x0), x0.to(tokens.dtype))
 
-def _check_inputs(model, labels, draw, counts, orders, noise, grad_steps):
-    "Raise `BadInput` on labels, orders, noise or grad_steps that do not fit."
+def _check_inputs(model, labels, draw, counts, orders, noise, grad_steps, check=True):
+    "Raise `BadInput` on labels, orders, noise or grad_steps that do not fit. Whether labels are in range is asked for by `check`: on a GPU the host waits for the answer."
     m, B, K = model.cfg, len(labels), len(counts)
     if labels.dtype != torch.long or labels.dim() != 1 or not B:
         raise BadInput(f"labels of shape {list(labels.shape)}, {labels.dtype}: expected a non-empty list of integers (torch.long)")
-    if not 0 <= (low := int(labels.min())) <= (high := int(labels.max())) <= m.class_num:
+    low, high = torch.stack(labels.aminmax()).tolist() if check else (0, 0)
+    if not 0 <= low <= high <= m.class_num:
         raise BadInput(f"label {low if low < 0 else high}: expected 0 to {m.class_num - 1}, or {m.class_num} for no class")
     if orders is not None and orders.shape != (B, m.seq_len): raise BadInput(f"orders of shape {list(orders.shape)}: expected {[B, m.seq_len]}")
     if noise is not None:
@@ -218,11 +219,12 @@ def sample(model,                             # a MAR
            checkpoint: bool = False,          # recompute each step on the way back instead of storing it
            grad_steps: int = 0,               # gradients through the last so many steps only; 0 = all
            reveal="cosine",                   # how many tokens at a time, see `reveal_counts`
+           check: bool = True,                # see that labels are in range, for which the host waits for a GPU; training draws them itself and need not
            ) -> Tensor:                       # [B, L, D] tokens
     r"$x_{\pi(n_k)}\sim p(x\mid c_k)$ for $k=0..K-1$, $c_k$ the contexts from all tokens known so far. Raises `BadInput` on bad labels, K, reveal, cfg, orders, noise or grad_steps."
     m, like = model.cfg, model.mask_token
     B, L, D, counts = len(labels), m.seq_len, m.token_dim, reveal_counts(m.seq_len, K, reveal)
-    _check_inputs(model, labels, draw, counts, orders, noise, grad_steps)
+    _check_inputs(model, labels, draw, counts, orders, noise, grad_steps, check)
     cfgs = [cfg_at(cfg, cfg_schedule, L, sum(counts[:k + 1])) for k in range(K)]
     if orders is None: orders = random_orders(B, L, generator, like.device)
     tokens, n_known, null = torch.zeros(B, L, D, device=like.device, dtype=like.dtype), 0, draw.needs_null(cfg)

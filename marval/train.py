@@ -173,17 +173,27 @@ def trainable(start: MAR,           # on its device; becomes the trained network
     model.recompute = compute.recompute == "blocks"
     average = EMA(model, s.ema) if averaged else None
     if average: shard(average.module, compute.sharding)
-    shard(model, compute.sharding)
-    if compute.compile == "on":
-        for block in model.blocks: block.compile(backend=_BACKEND)
+    _compiled(shard(model, compute.sharding), compute)
     return model, make_adamw(model, lr, (s.beta1, s.beta2), s.weight_decay), average
 
 
+def _compiled(model, compute):
+    for block in model.blocks if compute.compile == "on" else (): block.compile(backend=_BACKEND)
+    return model
+
+
+def _matrices(model, dtype):
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear): layer.to(dtype)
+
+
 def frozen(model: MAR,            # a network that is only asked; changed in place
-           compute: ComputeConfig, # whether it is sharded
+           compute: ComputeConfig, # how steps are computed
+           kept=False,            # whether its weights will be saved, and must stay as they are
            ) -> MAR:              # the same
-    "In evaluation mode, without gradients."
-    return shard(model.eval().requires_grad_(False), compute.sharding)
+    "In evaluation mode, without gradients. Where `autocast` would round its matrices to bf16 at every use, they are rounded once: the results are the same bits, from half the memory."
+    if compute.precision == "bf16" and not kept: _matrices(model, torch.bfloat16)
+    return _compiled(shard(model.eval().requires_grad_(False), compute.sharding), compute)
 
 
 def consolidated(model: MAR,    # sharded or not
