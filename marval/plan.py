@@ -23,7 +23,6 @@ from .mar import MAR
 from .parallel import autocast
 from .sampling import reveal_counts
 from .teacher import masked_count
-from .train import _matrices
 
 # %% ../nbs/14_plan.ipynb #14-006
 class Saved(torch.autograd.graph.saved_tensors_hooks):
@@ -107,15 +106,22 @@ class Meter:
         return self._measure(lambda net: net.decoder_blocks[0](h), self.nets[0], h).bytes if self.blocks else 0
 
     @cached_property
-    def through_trained(self): return self._through(torch.float32)                             # phi's head: autocast keeps a copy of its matrices
-    @cached_property
-    def through_frozen(self): return self._through(torch.bfloat16 if self.precision == "bf16" else torch.float32)
-
-    def _through(self, dtype):
-        for net in self.nets: _matrices(net.requires_grad_(False), dtype)
+    def through_trained(self): # phi's head: autocast keeps a copy of its matrices
+        for net in self.nets: net.requires_grad_(False)
         try: return self._pair(lambda N: self._tokens(N, x=True))
         finally:
-            for net in self.nets: _matrices(net.requires_grad_(True), torch.float32)
+            for net in self.nets: net.requires_grad_(True)
+
+    @cached_property
+    def through_frozen(self):  # the teacher's, whose matrices are in bf16 already
+        if self.precision == "fp32": return self.through_trained
+        layers = [layer for net in self.nets for layer in net.modules() if isinstance(layer, nn.Linear)]
+        trained = [(layer.weight, layer.bias) for layer in layers]
+        with self.fake:
+            for layer in layers: layer.weight, layer.bias = (nn.Parameter(torch.empty_like(p, dtype=torch.bfloat16)) for p in (layer.weight, layer.bias))       # fake tensors can't be cast in place
+        try: return Meter.through_trained.func(self)
+        finally:
+            for layer, (layer.weight, layer.bias) in zip(layers, trained): pass
 
     def _pair(self, cost):
         "Costs of one and of two, where operations are proportional to the number: only the bytes of two have to be seen."

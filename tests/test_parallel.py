@@ -15,6 +15,7 @@ import torch
 from conftest import environment
 
 STAGES = ("teacher", "distill", "rl")
+CASES = (*STAGES, "dropout", "contexts")             # contexts: distillation whose two networks learn from one batch
 DROPOUT = ["model.dropout=0.1"]
 SHARDED = ["compute.sharding=fsdp"]
 
@@ -96,12 +97,13 @@ def runs(tmp_path_factory):
     "Folder with all runs, named case-world, and what the interrupted ones said. In float64, so that rounding hides nothing; fp32 and bf16 are cases of their own."
     out = tmp_path_factory.mktemp("parallel")
     job = lambda name, kind, overrides=(), double=True, stop=None: (str(out / name), kind, list(overrides), double, stop)
-    cases, single = [*((kind, kind, []) for kind in STAGES), ("dropout", "teacher", DROPOUT)], lambda name, *o: [job(f"{kind}-{name}", kind, o, double=False) for kind in STAGES]
+    cases, single = [*((kind, kind, []) for kind in STAGES), ("dropout", "teacher", DROPOUT), ("contexts", "distill", ["distill.share=contexts"])], lambda name, *o: [job(f"{kind}-{name}", kind, o, double=False) for kind in STAGES]
     half = lambda way, *o: [job(f"{kind}-{way}", kind, o, stop=10) for kind in STAGES]
     straight = lambda n, *more: [job(f"{name}-{n}", kind, [*o, *more]) for name, kind, o in cases]
     parts = [job(f"{name}-parts", kind, [*o, "compute.accumulate=4"]) for name, kind, o in cases]
     blocks = [job("dropout-blocks", "teacher", [*DROPOUT, "compute.recompute=blocks", "compute.accumulate=2"]), job("rl-blocks", "rl", ["compute.recompute=blocks"])]
-    sharded = straight("2f", *SHARDED) + [job("teacher-compiled", "teacher", [*SHARDED, "compute.compile=on"]),
+    low = [job(f"{kind}-2fbf16", kind, [*SHARDED, "compute.precision=bf16"], double=False) for kind in ("distill", "rl")]
+    sharded = straight("2f", *SHARDED) + low + [job("teacher-compiled", "teacher", [*SHARDED, "compute.compile=on"]),
                                           job("dropout-2fparts", "teacher", [*DROPOUT, *SHARDED, "compute.accumulate=2", "compute.recompute=blocks"])]
     said = run((1, half("1to2") + half("1to2f", *SHARDED) + straight(1) + parts + blocks), (1, single("fp32") + single("bf16", "compute.precision=bf16")),
                (2, half("2to1") + straight(2) + [job("teacher-2parts", "teacher", ["compute.accumulate=2"])] + single("fp32-2")), (2, half("2fto1", *SHARDED) + sharded))
@@ -137,7 +139,7 @@ def off(runs, a, b):
 def log(runs, name): return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (runs[0] / name / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("case", [*STAGES, "dropout"])
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("ranks", ["2", "2f"], ids=["replicated", "sharded"])
 def test_two_ranks_are_one(runs, case, ranks):
     "Weights, averages, log, pictures and the network that is kept."
@@ -175,7 +177,7 @@ def test_goes_on_with_another_number(runs, case, way):
     assert len(re.findall(f"rank . *: {case} stopped at step 10 of 20", runs[1])) == 6
 
 
-@pytest.mark.parametrize("case", [*STAGES, "dropout"])
+@pytest.mark.parametrize("case", CASES)
 def test_accumulation(runs, case):
     "Four parts one after another are one batch."
     assert off(runs, f"{case}-parts", f"{case}-1") < 1e-6
@@ -204,6 +206,12 @@ def test_bf16(runs, case):
         print({k: (round(mine[k], 4), round(theirs[k], 4)) for k in theirs})
         key = "phi" if case == "distill" else "loss"                           # theta's own loss has expectation 0 at every theta
         assert mine[key] == pytest.approx(theirs[key], rel=0.05)
+
+
+@pytest.mark.parametrize("case", ["distill", "rl"])
+def test_sharded_bf16(runs, case):
+    "Frozen networks are stored in two types, which their shares must survive: what is left is the rounding of sums."
+    assert off(runs, f"{case}-2fbf16", f"{case}-bf16") < 0.02
 
 
 def test_killed_while_saving(runs):
