@@ -19,7 +19,8 @@ from .data import to_images
 from .diffusion import Schedule
 from .files import read_json
 from .guards import best_of_n
-from .mar import load_official, load_weights, read_meta, save_official, unpatchify
+from .mar import load_weights, read_meta, unpatchify
+from .official import load_official, save_official
 from .fast import FastSampler
 from .sampling import OneStep, TeacherChain
 from .stages import road

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from .config import BadInput
-from .mar import _check_state, _read_official
+from .mar import _check_state
+from .official import read_foreign
 from .text_rewards import prepare
 
 # %% ../nbs/09d_image_reward.ipynb #09-009
@@ -241,7 +242,7 @@ def load_image_reward(path: str | Path,                    # ImageReward.pt
                       vocab: str | Path = "",              # vocab.txt, see `find_vocabulary`
                       ) -> ImageReward:                    # in evaluation mode; its weights ask for no gradient
     "ImageReward from a file. Raises `BadInput` on a missing, truncated, foreign or unsafe one, names the first tensor that is missing, misshapen or unknown, and says where a vocabulary was looked for."
-    state = _read_official(path, _WANT)                                                                               # weights only: runs nothing
+    state = read_foreign(path, _WANT)                                                                               # weights only: runs nothing
     state = {k: v for k, v in state.items() if k not in _UNUSED}
     sizes = _sizes(state, path)
     with torch.device("meta"): model = ImageReward(sizes, checkpoint=checkpoint)

@@ -20,7 +20,8 @@ from torch import Tensor
 from .config import ON_CPU, BadInput, Config
 from .files import atomic_write, ensure_folder, read_json, sha256, write_json
 from .guards import GuardedRL, cadence, watching, within_class
-from .mar import MAR, load_into, load_official, load_weights, patchify, save_weights, unpatchify
+from .mar import MAR, load_into, load_weights, patchify, save_weights, unpatchify
+from .official import load_official
 from .parallel import on_first, rank, world
 from .train import Resident, _bar, consolidated, fit, step_seed
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from .config import BadInput
 from .data import class_names
 from .files import read_json
-from .mar import _check_state, _read_official
+from .mar import _check_state
+from .official import read_foreign
 
 # %% ../nbs/09b_text_rewards.ipynb #09-006
 class Score(nn.Module):
@@ -218,7 +219,7 @@ def _read(path, want=_WANT):
         try: return load_file(path)
         except SafetensorError as e: raise BadInput(f"{path}: truncated, or not safetensors ({str(e).splitlines()[0]}); expected {want}") from None
         except OSError as e: raise BadInput(f"{path}: cannot be read ({e.strerror or e}); expected {want}") from None
-    state = _read_official(path, want)                                                             # weights only: runs nothing
+    state = read_foreign(path, want)                                                             # weights only: runs nothing
     state = state["state_dict"] if isinstance(state.get("state_dict"), dict) else state             # open_clip's training checkpoints
     if not all(isinstance(k, str) for k in state): raise BadInput(f"{path}: no state dict; expected {want}")
     return {k.removeprefix("module."): v for k, v in state.items()}

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 from einops import rearrange
 from .config import BadInput
-from .mar import _check_state, _read_official
+from .mar import _check_state
+from .official import read_foreign
 
 # %% ../nbs/12_vae.ipynb #12-006
 def _norm(width): return nn.GroupNorm(32, width, eps=1e-6)
@@ -186,7 +187,7 @@ _WANT = "KL-16's weights (MAR's kl16.ckpt, or .safetensors)"
 def _read(path):
     "The state dict in a file, whatever it holds; tensors on the CPU."
     if Path(path).suffix != ".safetensors":
-        checkpoint = _read_official(path, _WANT)
+        checkpoint = read_foreign(path, _WANT)
         state = checkpoint.get("model")
         if isinstance(state, dict) and all(isinstance(k, str) for k in state): return state
         raise BadInput(f"{path}: no state dict 'model' among {list(checkpoint)[:6]}; expected {_WANT}")

@@ -13,7 +13,8 @@ from PIL import Image
 from marval import pipeline
 from marval.config import BadInput, override, preset
 from marval.latents import LatentCache
-from marval.mar import MAR, load_weights, save_official, save_weights
+from marval.mar import MAR, load_weights, save_weights
+from marval.official import save_official
 
 SAMPLE = (ROOT / os.environ.get("MARVAL_SHARED", "../shared") / "data" / "imagenet-sample").resolve()
 MODELS = ("teacher", "one_step_init", "student", "student_rl")
