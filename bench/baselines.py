@@ -21,7 +21,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent))
-from sampling import CFG, DTYPES, Cell, Contestant, clock, on_gpu, random_weights
+from sampling import DTYPES, Cell, Contestant, clock, on_gpu, random_weights
 
 from marval.config import preset
 from marval.diffusion import Schedule

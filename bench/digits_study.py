@@ -26,7 +26,7 @@ from marval.evaluate import frechet, measure, run_provenance, seconds_per_image
 from marval.files import write_json
 from marval.mar import load_weights
 from marval.pipeline import run
-from marval.stages import Plain, draw_images
+from marval.outcome import Plain, draw_images
 from marval.rewards import load_judges, make_reward
 from marval.sampling import OneStep, TeacherChain
 

@@ -111,7 +111,7 @@ class Contestant:
 
 def quantiles(cfg, rounds):
     "For each round, a step of the teacher whose masking is near the middle of its share of all, with its number of visible tokens; and for the student, a number of visible tokens."
-    m, t, L = cfg.model, cfg.teacher, cfg.model.seq_len
+    t, L = cfg.teacher, cfg.model.seq_len
     drawn = [1 - random.Random(step_seed(cfg.seed, "teacher/mask", i)).random() for i in range(10, 2000)]
     steps = [10 + min(range(len(drawn)), key=lambda j: abs(drawn[j] - (r + .5) / rounds)) for r in range(rounds)]
     return [(i, L - masked_count(L, t.mask_min, t.mask_std, drawn[i - 10])) for i in steps]

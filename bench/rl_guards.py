@@ -22,7 +22,7 @@ from marval.mar import load_weights
 from marval.pipeline import run
 from marval.rewards import load_judges, make_reward
 from marval.sampling import OneStep
-from marval.stages import draw_images
+from marval.outcome import draw_images
 from marval.train import read_log
 
 RUNS = {"anchor (default)": [], "no anchor": ["rl.anchor=0"], "no anchor, guarded": ["rl.anchor=0", "rl.guard=diversity 0.1"]}

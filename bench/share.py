@@ -20,7 +20,7 @@ from marval.mar import load_weights
 from marval.pipeline import run
 from marval.rewards import load_judges
 from marval.sampling import OneStep
-from marval.stages import draw_images
+from marval.outcome import draw_images
 from marval.train import read_log
 
 TEACHER = Path(__file__).parent.parent/"runs"/"digits"     # of `slurm/launch.py --scale digits`

@@ -10,7 +10,6 @@ import os, pickle, re, shutil, warnings
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from .config import BadInput
 from .files import _fsync, atomic_write, writing

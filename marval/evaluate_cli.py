@@ -20,7 +20,7 @@ from .config import SCALES, BadInput, ModelConfig, override, preset
 from .features import INCEPTION, Images, balanced_labels, drawn_images, extractor, open_images, with_scores
 from .fidelity import fidelity, open_reference
 from .files import ensure_folder, read_json, sha256, write_json
-from .parallel import group, on_first, rank, world
+from .parallel import group, on_first, world
 from .tables import fill, left_out, missing, read_results, render
 from .train import step_seed
 

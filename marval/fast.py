@@ -80,7 +80,7 @@ def _residual(h: Tensor, mods: Tensor, mlps: list) -> Tensor:
 class _Head:
     "What both ways of drawing share. `cast` rounds to the sampler's type."
     def __init__(self, model, times, cast, sigma=1., last=slice(None), factor=1.):
-        net, n, D = model.diffloss["net"], model.decoder_norm, model.cfg.token_dim
+        net, n = model.diffloss["net"], model.decoder_norm
         bias, matrix = _fold(net)
         self.modulate = _matrix(matrix, cast), cast(bias)
         self.mlps = [(_affine(b.mlp[0], cast), _affine(b.mlp[2], cast)) for b in net.res_blocks]

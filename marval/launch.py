@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from . import pipeline
@@ -110,7 +110,7 @@ def for_stage(r: Resources, # of the run
               stage: str,   # a key of `pipeline.graph`
               ) -> Resources:
     "What one stage asks for."
-    from marval.stages import SHARED
+    from marval.outcome import SHARED
     alone = stage not in SHARED or (stage == "teacher" and cfg.teacher.checkpoint) or (stage == "evaluate" and not cfg.evaluate.reference)
     return replace(r, nodes=1, tasks_per_node=1, gpus_per_node=min(1, r.gpus_per_node)) if alone else r
 

@@ -217,7 +217,8 @@ def run(cfg: Config,             # the whole configuration
     "Run stages in order; skip what is finished, resume what was interrupted. Raises `BadInput` on any refusal, `Interrupted` on a signal."
     import torch
     from marval.parallel import group, on_first, rank
-    from marval.stages import BODIES, SHARED, road, threads
+    from marval.outcome import BODIES, SHARED
+    from marval.stages import road, threads
     device = device or ("cuda" if torch.cuda.is_available() and cfg.scale not in ON_CPU else "cpu")
     out, did, nodes = Path(out), {}, graph(cfg)
     with group(device, timeout_min=600) as device, threads(cfg, 1):   # a cache takes hours, and rank 0 may be the last to finish it

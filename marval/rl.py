@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .config import Config
 from .diffusion import Schedule
 from .mar import MAR, unpatchify
-from .parallel import Part, autocast, backward, own_parts
+from .parallel import autocast, backward, own_parts
 from .sampling import OneStep, draw_noise, random_orders, sample
 from .train import Watched, clip_and_step, frozen, lr_factor, trainable
 
@@ -30,7 +30,7 @@ def frozen_tokens(student: MAR,        # the frozen student
                   labels: Tensor,      # [B] classes
                   ) -> Tensor:         # [B, L, D] at each position, the frozen student's token
     r"$g_{\theta_0}(z_i, c^0_i)$ for every token of a roll-out: same noise, same known tokens before it."
-    L, counts, out = tokens.shape[1], [z.shape[1] // len(tokens) for z in noise], torch.empty_like(tokens)
+    counts, out = [z.shape[1] // len(tokens) for z in noise], torch.empty_like(tokens)
     known = [sum(counts[:k]) for k in range(len(counts))]
     for n, n_known, z in zip(counts, known, noise):
         c = student.contexts(tokens, orders, n_known, labels)

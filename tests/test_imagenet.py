@@ -3,7 +3,6 @@ import json
 import os
 import shutil
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch

@@ -15,7 +15,7 @@ from marval.mar import MAR, save_weights
 from marval.rewards import train_judges
 from marval.rl import RLStage
 from marval.sampling import OneStep
-from marval.stages import Plain, draw_images
+from marval.outcome import Plain, draw_images
 from marval.train import Resident
 
 

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import LAUNCH, ROOT, contents, digests, environment
+from conftest import LAUNCH, ROOT, digests, environment
 
 from marval import pipeline
 from marval.config import preset
