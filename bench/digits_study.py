@@ -86,7 +86,7 @@ class Study:
 
     def curve(self, key: str, folder: Path):
         "The Frechet distances that a stage logged as it went."
-        from marval.train import read_log
+        from marval.journal import read_log
         self.results[key] = [[row["step"], row["fd"]] for row in read_log(folder) if "fd" in row]
         write_json(self.path, self.results)
 

@@ -23,7 +23,7 @@ from marval.pipeline import run
 from marval.rewards import load_judges, make_reward
 from marval.sampling import OneStep
 from marval.outcome import draw_images
-from marval.train import read_log
+from marval.journal import read_log
 
 RUNS = {"anchor (default)": [], "no anchor": ["rl.anchor=0"], "no anchor, guarded": ["rl.anchor=0", "rl.guard=diversity 0.1"]}
 COMMON = ["rl.metric_every=5", "rl.watch=heldout"]

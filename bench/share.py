@@ -21,7 +21,7 @@ from marval.pipeline import run
 from marval.rewards import load_judges
 from marval.sampling import OneStep
 from marval.outcome import draw_images
-from marval.train import read_log
+from marval.journal import read_log
 
 TEACHER = Path(__file__).parent.parent/"runs"/"digits"     # of `slurm/launch.py --scale digits`
 RESULTS = Path(__file__).parent/"results"/"share_digits.json"

@@ -24,7 +24,8 @@ from .official import load_official, save_official
 from .fast import FastSampler
 from .sampling import OneStep, TeacherChain
 from .stages import road
-from .train import image_grid, save_png, step_seed
+from .journal import image_grid, save_png
+from .train import step_seed
 
 # %% ../nbs/15_cli.ipynb #15-006
 class Sampler:

@@ -127,7 +127,7 @@ class DistillConfig:
     phi_updates: int = _of(1, "ours", "updates of phi per update of theta")
     phi_first: int = _of(1000, "ours", "iterations at the start in which phi alone learns, so that theta first moves once its score is known")
     phi_mul: int = _of(4, "ours", "diffusion times drawn per token and update of phi")
-    share: str = _of("none", "ours", "none (every update draws a batch of its own) | contexts (theta's update takes that of the last one of phi, and with it the contexts of both)")
+    share: str = _of("contexts", "ours", "contexts (theta's update takes the batch of the last one of phi, and with it the contexts of both) | none (every update draws a batch of its own)")
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ class Config:
 
 # %% ../nbs/00_config.ipynb #00-010
 _CHOICES = {"data.name": ("digits", "imagenet"), "sampling.cfg_schedule": ("constant", "linear"), "sampling.reveal": ("cosine", "linear", "square", "cubic", "arccos", "root"), "distill.loss": ("sim", "gsim", "sid"),
-            "distill.distance": ("huber", "squared"), "distill.weight": ("eps", "score", "x0"), "distill.share": ("none", "contexts"), "rl.recompute": ("steps", "none"),
+            "distill.distance": ("huber", "squared"), "distill.weight": ("eps", "score", "x0"), "distill.share": ("contexts", "none"), "rl.recompute": ("steps", "none"),
             "compute.precision": ("fp32", "bf16"), "teacher.which": ("model_ema", "model"), "compute.sharding": ("ddp", "fsdp"), "compute.compile": ("off", "on"), "compute.recompute": ("none", "blocks")}
 _ZERO_IS_FINE = {"seed", "data.max_bad", "evaluate.pictures", "teacher.warmup", "distill.warmup", "rl.warmup", "rl.anchor", "rl.grad_steps", "rl.metric_every", "log.metric_every", "sampling.cfg", "sampling.temperature", "sampling.clip",
                  "distill.alpha", "distill.t_min", "distill.phi_first"}
@@ -280,7 +280,7 @@ _DIGITS = {
     "teacher.iterations": (2000, "ours"), "teacher.batch": (32, "ours"), "teacher.diffusion_mul": (2, "ours"), "teacher.lr": (1e-3, "ours"), "teacher.warmup": (100, "ours"),
     "teacher.ema": (0.998, "ours"), "teacher.decay_from": (0.5, "ours"), "teacher.decay_to": (0.05, "ours"), "teacher.mask_min": (0.1, "ours"), "teacher.mask_std": (1.0, "ours"),
     "distill.iterations": (1200, "ours"), "distill.batch": (16, "ours"), "distill.lr": (2e-4, "ours"), "distill.lr_phi": (5e-4, "ours"), "distill.t_guide": (450, "ours"),
-    "distill.ema": (0.995, "ours"), "distill.warmup": (0, "ours"), "distill.phi_first": (100, "ours"),
+    "distill.ema": (0.995, "ours"), "distill.warmup": (0, "ours"), "distill.phi_first": (100, "ours"), "distill.share": ("none", "ours"),
     "rl.iterations": (50, "ours"), "rl.batch": (64, "ours"), "rl.anchor": (100.0, "ours"), "rl.reward": ("classifier", "ours"), "rl.lr": (1e-4, "ours"), "rl.ema": (0.9, "ours"), "rl.warmup": (5, "ours"), "rl.recompute": ("none", "ours"), "rl.metric_every": (10, "ours"),
     "rl.prompt": ("a high-quality and harmonious picture of the digit {}", "ours"),
     "evaluate.n": (2000, "ours"), "evaluate.batch": (500, "ours"), "evaluate.timing_repeats": (3, "ours"), "compute.precision": ("fp32", "ours"),

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .config import BadInput
 from .files import atomic_write, ensure_folder, sha256, write_json
 from .parallel import agree, on_first, rank, world
-from .train import _bar
+from .journal import progress_bar
 
 # %% ../nbs/13b_features.ipynb #13-006
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ def extract(images: Images,                   # of which
     stretches, folder = images.stretches(), _shelf(cache, images, net)
     mine, error = {}, None
     try:
-        with _bar(title, 0, len(stretches[rank()::world()]), bool(title) and rank() == 0) as bar:
+        with progress_bar(title, 0, len(stretches[rank()::world()]), bool(title) and rank() == 0) as bar:
             for start, stop in stretches[rank()::world()]:
                 mine[start] = _kept(folder and folder/f"{start:07d}-{stop:07d}.safetensors", lambda: net(to_bytes(images.read(start, stop)), None if images.labels is None else images.labels[start:stop]))
                 bar.update()

@@ -19,7 +19,8 @@ from .config import BadInput
 from .data import BadImage, ImageTree, check_bad, load_images, to_latents
 from .files import atomic_write, read_json, sha256, write_json, writing
 from .mar import patchify
-from .train import _bar, batch_indices, step_seed
+from .journal import progress_bar
+from .train import batch_indices, step_seed
 
 # %% ../nbs/12_latents.ipynb #12-006
 @torch.no_grad()
@@ -162,7 +163,7 @@ def build_cache(tree: ImageTree,     # the images
     mine, bad = range(rank, count, world), {}
     stands = [k for k in mine if records[k] and _there(out, records[k]) and sha256(out/_name(k)) == records[k]["sha256"]]
     for k in stands: bad |= records[k]["skipped"]
-    with _bar("latents", sum(len(span(k)) for k in stands), sum(len(span(k)) for k in mine), progress and rank == 0) as bar:
+    with progress_bar("latents", sum(len(span(k)) for k in stands), sum(len(span(k)) for k in mine), progress and rank == 0) as bar:
         for k in sorted(set(mine) - set(stands)):
             check_bad(bad, max_bad, len(tree))
             bad |= _write_shard(out, k, recipe, *_encode_rows(tree, span(k), encode, size, batch, workers, device, max_bad, bar))["skipped"]

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from .config import Config
 from .files import atomic_write, ensure_folder, read_json, sha256, write_json
+from .journal import progress_bar
 from .mar import MAR, unpatchify
 from .parallel import on_first
 from .stages import Digits, cache, distill, judges, network, rl, teacher, threads
-from .train import _bar, step_seed
+from .train import step_seed
 
 # %% ../nbs/13d_outcome.ipynb #13-006
 def _sampler(cfg, model, draw):
@@ -63,7 +64,7 @@ def draw_images(cfg: Config,   # the whole configuration: K, guidance, batch, se
                 ) -> Tensor:   # [n, C, H, W] images in [0, 1]
     "Images whose orders and entry noise depend on the seed and on their place in `labels` alone, not on the model."
     sampler, batches, parts = sampler or _sampler(cfg, model, draw), labels.split(cfg.evaluate.batch), []
-    with _bar(title, 0, len(batches), bool(title)) as bar:
+    with progress_bar(title, 0, len(batches), bool(title)) as bar:
         for i, y in enumerate(batches):
             parts.append(_draw_batch(cfg, sampler, y, i, decode))
             bar.update()
@@ -156,7 +157,7 @@ def _figures(road):
 
 def _evaluate_photographs(road, figures):
     from marval.rewards import prompts
-    from marval.train import image_grid, save_png
+    from marval.journal import image_grid, save_png
     m, n = road.cfg.model, road.cfg.evaluate.pictures
     labels = torch.arange(n, device=road.device) * m.class_num // n                     # from all over the list of classes
     images, times = _pictures(road, labels)

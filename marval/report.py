@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .evaluate import MODELS
 from .files import atomic_write, read_json
-from .train import read_log
+from .journal import read_log
 
 # %% ../nbs/13_report.ipynb #13-006
 COLUMNS = dict(fd="FD", kid="KID", precision="precision", recall="recall", accuracy="accuracy", coverage="coverage", diversity="diversity",

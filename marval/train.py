@@ -4,23 +4,22 @@
 
 # %% auto #0
 __all__ = ['Stage', 'step_seed', 'step_generator', 'batch_indices', 'Data', 'Resident', 'lr_factor', 'make_adamw',
-           'clip_and_step', 'EMA', 'trainable', 'frozen', 'consolidated', 'read_log', 'Diverged', 'image_grid',
-           'save_png', 'Watched', 'Interrupted', 'fit']
+           'clip_and_step', 'EMA', 'trainable', 'frozen', 'consolidated', 'Diverged', 'Watched', 'Interrupted', 'fit']
 
 # %% ../nbs/07_train.ipynb #07-003
-import copy, hashlib, json, math, os, signal, sys, threading, time
+import copy, hashlib, math, signal, threading, time
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Callable, Protocol
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from .checkpoint import load_checkpoint, newest, save_checkpoint
-from .config import BadInput, ComputeConfig, Config, LogConfig
-from .files import atomic_write, ensure_folder, writing
+from .config import ComputeConfig, Config, LogConfig
+from .files import ensure_folder
+from .journal import Journal, progress_bar
 from .mar import MAR, unpatchify
 from .parallel import agree, anyone, clip_gradients, gathered, is_shared, mean, on_first, own_rows, rank, shard, shares, sum_gradients, whole_state
 from .sampling import Draw, draw_noise, random_orders, sample
@@ -210,65 +209,7 @@ def consolidated(model: MAR,    # sharded or not
 _BACKEND = "inductor"  # of torch.compile
 
 # %% ../nbs/07_train.ipynb #07-032
-_LOG, _LOG_EVERY = "log.jsonl", 10
-
-# %% ../nbs/07_train.ipynb #07-033
-def read_log(folder: Path | str,  # folder of a stage
-             ) -> list[dict]:     # rows, oldest first
-    "The rows of `log.jsonl`; a last line that a killed process left incomplete is passed over."
-    rows, path = [], Path(folder)/_LOG
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try: rows.append(json.loads(line))
-        except ValueError: break
-    return rows
-
-# %% ../nbs/07_train.ipynb #07-034
-class _Journal:
-    "Log, TensorBoard and pictures of one stage; keeps the file open."
-    def __init__(self, folder):
-        self.folder, self.board = folder, None
-        with writing(folder): self.file = open(folder/_LOG, "a+", encoding="utf-8")
-
-    def __enter__(self): return self
-
-    def __exit__(self, kind, *_):
-        for f in (self.file, self.board):
-            try: f and f.close()
-            except OSError:                                              # what could not be written was reported already
-                if kind is None: raise
-
-    def resume(self, step):
-        "Keep the rows up to `step`, drop what follows."
-        end = 0
-        self.file.seek(0)
-        for line in iter(self.file.readline, ""):
-            try: keep = line.endswith("\n") and json.loads(line)["step"] <= step
-            except ValueError: keep = False                              # what a killed process or a power cut left
-            if not keep: break
-            end = self.file.tell()
-        with writing(self.folder): self.file.truncate(end)
-        try: from torch.utils.tensorboard import SummaryWriter
-        except ImportError: return
-        with writing(self.folder): self.board = SummaryWriter(self.folder/"tb", purge_step=step + 1)
-
-    def row(self, step, seconds, values):
-        "One line of the log."
-        with writing(self.folder):
-            self.file.write(json.dumps(dict(step=step, seconds=round(seconds, 3), **values)) + "\n")
-            self.file.flush()
-            for k, v in values.items() if self.board else (): self.board.add_scalar(k, v, step)
-
-    def picture(self, step, images):
-        "One PNG, and the same on the board."
-        grid = image_grid(images)
-        ensure_folder(self.folder/"samples")
-        save_png(self.folder/"samples"/f"{step:06d}.png", grid)
-        with writing(self.folder):
-            if self.board: self.board.add_image("samples", grid, step, dataformats="HWC")
-
-    def sync(self):
-        "Force the rows to the disk, before the checkpoint that vouches for them."
-        with writing(self.folder): os.fsync(self.file.fileno())
+_LOG_EVERY = 10
 
 
 def _means(window, name, step):
@@ -280,35 +221,11 @@ def _means(window, name, step):
         if not math.isfinite(v): raise Diverged(f"{name}: {k} is {v} by step {step}; nothing was saved since the last checkpoint; try a lower learning rate")
     return means
 
-# %% ../nbs/07_train.ipynb #07-035
+# %% ../nbs/07_train.ipynb #07-033
 class Diverged(RuntimeError):
     "The loss is no longer a number. The message is one line; the last checkpoint is from before."
 
-# %% ../nbs/07_train.ipynb #07-037
-def image_grid(images: Tensor,    # [B, C, H, W] in [0, 1], C = 1 or 3
-               columns: int = 10, # tiles a row
-               least: int = 32,   # smaller tiles are enlarged by a whole factor to at least so many pixels
-               gap: int = 2,      # grey pixels between tiles
-               ):                 # uint8 array [height, width, C]
-    r"Tiles in reading order, $\lfloor 255 x + \frac12 \rfloor$."
-    b, c, h, w = images.shape
-    columns, k = min(columns, b), max(1, math.ceil(least / h))
-    tiles = images.detach().float().cpu().clamp(0, 1).repeat_interleave(k, 2).repeat_interleave(k, 3)
-    sheet = torch.full((math.ceil(b / columns) * columns, c, k * h + gap, k * w + gap), 0.5)
-    sheet[:b, :, :k * h, :k * w] = tiles
-    sheet = rearrange(sheet, "(r q) c h w -> (r h) (q w) c", q=columns)[:-gap or None, :-gap or None]
-    return (sheet * 255 + 0.5).to(torch.uint8).numpy()
-
-
-def save_png(path: Path | str, # where
-             grid,             # uint8 array [height, width, C], as `image_grid` makes it
-             ) -> None:
-    "A PNG file, atomically. Raises `BadInput` where the system refuses."
-    from PIL import Image
-    picture = Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid)
-    atomic_write(path, lambda p: picture.save(p, format="PNG"))
-
-# %% ../nbs/07_train.ipynb #07-040
+# %% ../nbs/07_train.ipynb #07-035
 class Watched:
     "How a stage's `student` is drawn, pictured and measured as training goes on."
     student: MAR
@@ -353,11 +270,11 @@ class Watched:
     def heed(self, i: int, figures: dict[str, float]) -> None:
         "Nothing: curves are for people."
 
-# %% ../nbs/07_train.ipynb #07-043
+# %% ../nbs/07_train.ipynb #07-038
 class Interrupted(Exception):
     "A stage was asked to stop, has saved itself, and can be continued. The message is one line."
 
-# %% ../nbs/07_train.ipynb #07-044
+# %% ../nbs/07_train.ipynb #07-039
 class _Signals:
     "Notes SIGINT and SIGTERM in `.came` while open. Python delivers signals to the main thread alone; elsewhere this does nothing."
     def __enter__(self):
@@ -371,16 +288,7 @@ class _Signals:
     def __exit__(self, *_):
         for s, handler in self.before.items(): signal.signal(s, handler if handler is not None else signal.SIG_DFL)
 
-# %% ../nbs/07_train.ipynb #07-046
-def _bar(name, step, iterations, progress):
-    "A tqdm bar that fits where it is shown."
-    from tqdm import tqdm
-    tty, columns = sys.stderr.isatty(), os.environ.get("COLUMNS", "")
-    width = int(columns) if columns.isdigit() and int(columns) else None
-    return tqdm(total=iterations, initial=step, desc=name, disable=not progress, file=sys.stderr, smoothing=0.1, bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
-                ncols=width or (None if tty else 100), dynamic_ncols=tty and not width, mininterval=0.2 if tty or width else 10)
-
-# %% ../nbs/07_train.ipynb #07-048
+# %% ../nbs/07_train.ipynb #07-041
 def fit(stage: Stage,      # what to train; filled from the checkpoint where there is one
         folder: Path,      # for the checkpoint, log.jsonl, tb/ and samples/
         seed: int,         # seed of the run
@@ -392,7 +300,7 @@ def fit(stage: Stage,      # what to train; filled from the checkpoint where the
     `Diverged` if a logged value is not finite, `BadInput` for a checkpoint that doesn't fit or a folder that can't be written."""
     folder = Path(folder)
     on_first(ensure_folder, folder)
-    with on_first(_Journal, folder) or nullcontext() as journal, _Signals() as signals:
+    with on_first(Journal, folder) or nullcontext() as journal, _Signals() as signals:
         last = on_first(newest, folder, stage.name, share=True)
         step, spent, window = load_checkpoint(last, stage, seed, device)
         agree(step, f"the step of {last}")
@@ -416,7 +324,7 @@ def fit(stage: Stage,      # what to train; filled from the checkpoint where the
             if step == stage.iterations and window: tell()                # the end has come between two rows
 
         if step == 0 and log.metric_every and stage.baseline: look()
-        with _bar(stage.name, step, stage.iterations, progress and rank() == 0) as bar:
+        with progress_bar(stage.name, step, stage.iterations, progress and rank() == 0) as bar:
             while step < stage.iterations:
                 window.append(stage.step(step, step_generator(seed, stage.name, step, device)))
                 step += 1

@@ -289,7 +289,8 @@ def test_best_of(small, trained, tmp_path):
     "The command's picture is made of the candidates that the run's reward likes best."
     from marval.cli import load, sample_cli
     from marval.stages import road
-    from marval.train import image_grid, save_png, step_seed
+    from marval.journal import image_grid, save_png
+    from marval.train import step_seed
     argv = ["--weights", str(trained / "student.safetensors"), "--vae", str(small / "kl16.ckpt"), "--labels", "0", "4", "--n", "2", "--best-of", "3", "--out", str(tmp_path / "best.png")]
     assert sample_cli(argv) == 0 and sample_cli([*argv[:-1], str(tmp_path / "same.png"), "--reward", str(small / "towers.bin")]) == 0
     sampler, reward, labels = load(trained / "student.safetensors", vae=small / "kl16.ckpt"), road(settings(small, teacher=""), trained).reward(), torch.tensor([0, 0, 4, 4])
