@@ -192,7 +192,7 @@ class ComputeConfig:
     accumulate: int = _of(1, "ours", "parts that each process makes of its share of the batch, one after another, to save memory")
     precision: str = _of("bf16", "ours", "fp32 | bf16: matrix products of the forward passes of training; weights and optimisers are fp32 always")
     sharding: str = _of("ddp", "ours", "ddp (every process holds all weights) | fsdp (each holds a share of weights, gradients and optimisers)")
-    compile: str = _of("off", "ours", "off | on: torch.compile for the transformer and head blocks that are trained")
+    compile: str = _of("off", "ours", "off | on: torch.compile for the transformer and head blocks, of trained and of frozen networks")
     recompute: str = _of("none", "ours", "none | blocks (activations inside the transformer blocks are computed again on the way back, to save memory)")
 
 

@@ -66,7 +66,7 @@ class DistillStage(Watched):
     name = "distill"
 
     def __init__(self, cfg: Config,        # the whole configuration; `cfg.distill` and `cfg.sampling` are used
-                 teacher: MAR,             # the frozen teacher; theta and phi start as its copies
+                 teacher: MAR,             # theta and phi start as its copies; then it is frozen, in place
                  data: Data,               # real images as tokens
                  decode,                   # latents -> images, for pictures and measures
                  measure_fn=None,          # (images, labels) -> {name: value}

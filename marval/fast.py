@@ -15,9 +15,11 @@ from .sampling import OneStep, TeacherChain, _check_inputs, cfg_at, draw_noise, 
 
 # %% ../nbs/03b_fast.ipynb #03-006
 def _matrix(w, cast):
-    "A weight [out, in] in the sampler's type. In float32 on a CPU it is laid out as oneDNN's kernels read it, which a plain product does anew at every call."
+    "A weight [out, in] in the sampler's type; on a CPU, in the layout that a product with few rows reads soonest."
     w = cast(w)
-    return torch.ops.mkldnn._reorder_linear_weight(w.contiguous()) if w.device.type == "cpu" and w.dtype == torch.float32 and torch.backends.mkldnn.is_available() else w
+    if w.device.type != "cpu": return w
+    if w.dtype == torch.float32 and w.numel() >= 2**18 and torch.backends.mkldnn.is_available(): return torch.ops.mkldnn._reorder_linear_weight(w.contiguous())
+    return w.t().contiguous().t()
 
 def _affine(linear, cast, rows=slice(None)): return _matrix(linear.weight[rows], cast), cast(linear.bias[rows])
 
@@ -132,9 +134,9 @@ class _ChainHead(_Head):
 
 # %% ../nbs/03b_fast.ipynb #03-010
 class FastSampler:
-    "`sampling.sample` for drawing alone: no gradients, shapes and tables prepared, a CUDA graph per batch size on a GPU."
+    "`sampling.sample` for drawing alone: no gradients, shapes and tables prepared, a CUDA graph per batch size on a GPU. It can't be copied or pickled."
 
-    def __init__(self, model,                     # a MAR, on the device where to work; its weights are taken as they are now
+    def __init__(self, model,                     # a MAR, on the device where to work; its weights must not change while the sampler is in use
                  draw,                            # `OneStep` or `TeacherChain`
                  K: int,                          # autoregressive steps, 1 to L
                  cfg: float = 1.,                 # guidance, 1 = none
@@ -154,7 +156,7 @@ class FastSampler:
         cfgs = [cfg_at(cfg, cfg_schedule, m.seq_len, sum(self.counts[:k + 1])) for k in range(K)]
         self.w = [torch.tensor([c] * m.token_dim + [1.] * m.token_dim, dtype=self.state, device=self.device) if self.null else None for c in cfgs]
         self.block, self.last_block = _block, _last_block
-        with torch.no_grad(): self._prepare(model, lambda x: x.detach().to(dtype))
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False): self._prepare(model, lambda x: x.detach().to(dtype))
         if compile: self.block, self.last_block, self.head.residual = torch.compile(_block), torch.compile(_last_block), torch.compile(_residual)
         self._graphs, self._pool = {}, None
 
@@ -231,8 +233,9 @@ class FastSampler:
 
     @torch.inference_mode()
     def _run(self, labels, orders, noise):
-        if not self.graph: return self._loop(labels.to(self.device), orders.to(self.device), [z.to(self.device, self.state) for z in noise])
-        if len(labels) not in self._graphs: self._graphs[len(labels)] = self._capture(len(labels))
+        with torch.autocast(self.device.type, enabled=False):                      # types are the sampler's own business
+            if not self.graph: return self._loop(labels.to(self.device), orders.to(self.device), [z.to(self.device, self.state) for z in noise])
+            if len(labels) not in self._graphs: self._graphs[len(labels)] = self._capture(len(labels))
         graph, *fixed, out = self._graphs[len(labels)]
         fixed[0].copy_(labels), fixed[1].copy_(orders)
         torch._foreach_copy_(fixed[2], list(noise))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .config import Config
 from .files import atomic_write, ensure_folder, read_json, sha256, write_json
-from .journal import progress_bar
+from .journal import image_grid, progress_bar, save_png
 from .mar import MAR, unpatchify
 from .parallel import on_first
 from .stages import Digits, cache, distill, judges, network, rl, teacher, threads
@@ -157,7 +157,6 @@ def _figures(road):
 
 def _evaluate_photographs(road, figures):
     from marval.rewards import prompts
-    from marval.journal import image_grid, save_png
     m, n = road.cfg.model, road.cfg.evaluate.pictures
     labels = torch.arange(n, device=road.device) * m.class_num // n                     # from all over the list of classes
     images, times = _pictures(road, labels)

@@ -106,11 +106,7 @@ class Meter:
         return self._measure(lambda net: net.decoder_blocks[0](h), self.nets[0], h).bytes if self.blocks else 0
 
     @cached_property
-    def through_trained(self): # phi's head: autocast keeps a copy of its matrices
-        for net in self.nets: net.requires_grad_(False)
-        try: return self._pair(lambda N: self._tokens(N, x=True))
-        finally:
-            for net in self.nets: net.requires_grad_(True)
+    def through_trained(self): return self._through()  # phi's head: autocast keeps a copy of its matrices
 
     @cached_property
     def through_frozen(self):  # the teacher's, whose matrices are in bf16 already
@@ -119,9 +115,15 @@ class Meter:
         trained = [(layer.weight, layer.bias) for layer in layers]
         with self.fake:
             for layer in layers: layer.weight, layer.bias = (nn.Parameter(torch.empty_like(p, dtype=torch.bfloat16)) for p in (layer.weight, layer.bias))       # fake tensors can't be cast in place
-        try: return Meter.through_trained.func(self)
+        try: return self._through()
         finally:
-            for layer, (layer.weight, layer.bias) in zip(layers, trained): pass
+            for layer, (weight, bias) in zip(layers, trained): layer.weight, layer.bias = weight, bias
+
+    def _through(self):
+        for net in self.nets: net.requires_grad_(False)
+        try: return self._pair(lambda N: self._tokens(N, x=True))
+        finally:
+            for net in self.nets: net.requires_grad_(True)
 
     def _pair(self, cost):
         "Costs of one and of two, where operations are proportional to the number: only the bytes of two have to be seen."

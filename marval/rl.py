@@ -46,7 +46,7 @@ class RLStage(Watched):
     name, baseline = "rl", True
 
     def __init__(self, cfg: Config,   # the whole configuration; `cfg.rl` and `cfg.sampling` are used
-                 student: MAR,        # the distilled student: start and anchor
+                 student: MAR,        # the distilled student: the policy starts as its copy; then it is frozen, in place, as the anchor
                  reward,              # (images [B, C, H, W] in [0, 1], labels [B]) -> [B], differentiable in the images; an `OfClasses` tells its parts too
                  decode,              # latents -> images, differentiable
                  measure_fn=None,     # (images, labels) -> {name: value}

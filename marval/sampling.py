@@ -219,7 +219,7 @@ def sample(model,                             # a MAR
            checkpoint: bool = False,          # recompute each step on the way back instead of storing it
            grad_steps: int = 0,               # gradients through the last so many steps only; 0 = all
            reveal="cosine",                   # how many tokens at a time, see `reveal_counts`
-           check: bool = True,                # see that labels are in range, for which the host waits for a GPU; training draws them itself and need not
+           check: bool = True,                # see that labels are in range, for which the host waits for a GPU; training, which draws them itself, need not. False: what a label out of range does is undefined
            ) -> Tensor:                       # [B, L, D] tokens
     r"$x_{\pi(n_k)}\sim p(x\mid c_k)$ for $k=0..K-1$, $c_k$ the contexts from all tokens known so far. Raises `BadInput` on bad labels, K, reveal, cfg, orders, noise or grad_steps."
     m, like = model.cfg, model.mask_token

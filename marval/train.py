@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import load_checkpoint, newest, save_checkpoint
-from .config import ComputeConfig, Config, LogConfig
+from .config import BadInput, ComputeConfig, Config, LogConfig
 from .files import ensure_folder
 from .journal import Journal, progress_bar
 from .mar import MAR, unpatchify
@@ -167,7 +167,8 @@ def trainable(start: MAR,           # on its device; becomes the trained network
               lr: float,            # learning rate
               averaged=True,        # whether to keep a running average
               ) -> tuple[MAR, torch.optim.AdamW, EMA | None]:
-    "Network, optimiser and running average, ready for the first step."
+    "Network, optimiser and running average, ready for the first step. Raises `BadInput` for a network whose matrices were rounded, as `frozen` does."
+    if len(found := {str(p.dtype).removeprefix("torch.") for p in start.parameters()}) > 1: raise BadInput(f"a network with parameters in {' and '.join(sorted(found))} can't be trained; expected one type, as before `frozen`")
     model = start.requires_grad_(True)
     model.recompute = compute.recompute == "blocks"
     average = EMA(model, s.ema) if averaged else None
@@ -190,7 +191,7 @@ def frozen(model: MAR,            # a network that is only asked; changed in pla
            compute: ComputeConfig, # how steps are computed
            kept=False,            # whether its weights will be saved, and must stay as they are
            ) -> MAR:              # the same
-    "In evaluation mode, without gradients. Where `autocast` would round its matrices to bf16 at every use, they are rounded once: the results are the same bits, from half the memory."
+    "In evaluation mode, without gradients, sharded and compiled as trained ones are. Where `autocast` would round its matrices to bf16 at every use, they are rounded once: the results are the same bits, from half the memory. To be used under `autocast` alone."
     if compute.precision == "bf16" and not kept: _matrices(model, torch.bfloat16)
     return _compiled(shard(model.eval().requires_grad_(False), compute.sharding), compute)
 

@@ -2,6 +2,7 @@
 number that the host has to know, is an error there; only kernels and gradients are not run."""
 import json
 import types
+from collections import defaultdict
 
 import pytest
 import torch
@@ -17,9 +18,9 @@ from marval.parallel import autocast
 from marval.rl import RLStage
 from marval.sampling import OneStep, TeacherChain, draw_noise, random_orders, sample
 from marval.teacher import TeacherStage
-from marval.train import Resident, step_generator
+from marval.train import Resident, _permutation, step_generator
 
-GPU, MODE = torch.device("cuda", 0), FakeTensorMode()            # one mode for all tests: the order of an epoch is kept from one to the next
+GPU = torch.device("cuda", 0)
 
 
 class Elsewhere:
@@ -44,11 +45,14 @@ class Moved:
         if isinstance(x, list): x[:] = map(self, x)
         elif isinstance(x, dict): x.update({k: self(v) for k, v in x.items()})
         elif isinstance(x, types.FunctionType):
-            for cell in x.__closure__ or (): cell.cell_contents = self(cell.cell_contents)
+            for name, cell in zip(x.__code__.co_freevars, x.__closure__ or ()): cell.cell_contents = self.named(name, cell.cell_contents)
         elif isinstance(x, types.MethodType): self(x.__self__)
         elif isinstance(x, (nn.Module, torch.optim.Optimizer)) or type(x).__module__.split(".")[0] == "marval" and not isinstance(x, type):
-            for k, v in vars(x).items(): vars(x)[k] = "cuda" if k == "device" and isinstance(v, str) else self(v)
+            for k, v in vars(x).items(): vars(x)[k] = self.named(k, v)
+            if isinstance(x, torch.optim.Optimizer): x.state = defaultdict(dict, {self(p): self(s) for p, s in x.state.items()})
         return x
+
+    def named(self, name, x): return "cuda:0" if name == "device" and isinstance(x, str) else self(x)
 
 
 @pytest.fixture
@@ -63,7 +67,9 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)        # or autocast would switch itself off
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
-    return Moved(MODE)
+    _permutation.cache_clear()                                                                         # which keeps the order of an epoch
+    yield Moved(FakeTensorMode())
+    _permutation.cache_clear()
 
 
 def backward(loss, gradient=None):
@@ -141,7 +147,7 @@ def test_draw(gpu, case, dtype):
 def test_it_can_fail(gpu):
     "A tensor that was left behind, and a number that is read; and autocast is at work."
     there, w = gpu(torch.ones(3, 3)), gpu(nn.Linear(3, 3))
-    here = FakeTensor(MODE, there.to("meta"), torch.device("cpu"))
+    here = FakeTensor(gpu.mode, there.to("meta"), torch.device("cpu"))
     with gpu.mode:
         with pytest.raises(RuntimeError, match="device"): there + here
         with pytest.raises(DataDependentOutputException): there.sum().item()
