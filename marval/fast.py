@@ -14,14 +14,14 @@ from .mar import unpatchify
 from .sampling import OneStep, TeacherChain, _check_inputs, cfg_at, draw_noise, random_orders, reveal_counts
 
 # %% ../nbs/03b_fast.ipynb #03-006
-def _matrix(w, cast):
-    "A weight [out, in] in the sampler's type; on a CPU, in the layout that a product with few rows reads soonest."
+def _matrix(w, cast, fixed=True):
+    "A weight [out, in] in the sampler's type; on a CPU, in the layout that a product with few rows reads soonest. `fixed`: their number is the same, or one of a few, at all steps."
     w = cast(w)
     if w.device.type != "cpu": return w
-    if w.dtype == torch.float32 and w.numel() >= 2**18 and torch.backends.mkldnn.is_available(): return torch.ops.mkldnn._reorder_linear_weight(w.contiguous())
+    if fixed and w.dtype == torch.float32 and w.numel() >= 2**18 and torch.backends.mkldnn.is_available(): return torch.ops.mkldnn._reorder_linear_weight(w.contiguous())
     return w.t().contiguous().t()
 
-def _affine(linear, cast, rows=slice(None)): return _matrix(linear.weight[rows], cast), cast(linear.bias[rows])
+def _affine(linear, cast, fixed=True, rows=slice(None)): return _matrix(linear.weight[rows], cast, fixed), cast(linear.bias[rows])
 
 def _linear(x, w, b=None):
     r"$x W^\top + b$"
@@ -52,10 +52,10 @@ def _mlp(x, w):
     (n2w, n2b), up, down = w
     return _linear(F.gelu(_linear(torch.layer_norm(x, x.shape[-1:], n2w, n2b, 1e-6), *up)), *down) + x
 
-def _block_weights(block, cast, cuts=((None, None),)):
+def _block_weights(block, cast, fixed=True, cuts=((None, None),)):
     "Those of a block; `cuts` are the stretches of rows into which the product for queries, keys and values is cut."
-    norm = lambda n: (cast(n.weight), cast(n.bias))
-    return (norm(block.norm1), *(_affine(block.attn.qkv, cast, slice(*c)) for c in cuts), _affine(block.attn.proj, cast), norm(block.norm2), _affine(block.mlp.fc1, cast), _affine(block.mlp.fc2, cast))
+    norm, affine = lambda n: (cast(n.weight), cast(n.bias)), lambda linear: _affine(linear, cast, fixed)
+    return (norm(block.norm1), *(_affine(block.attn.qkv, cast, fixed, slice(*c)) for c in cuts), affine(block.attn.proj), norm(block.norm2), affine(block.mlp.fc1), affine(block.mlp.fc2))
 
 # %% ../nbs/03b_fast.ipynb #03-008
 def _fold(net):
@@ -163,10 +163,10 @@ class FastSampler:
     def _prepare(self, model, cast):
         "Weights in the sampler's type, and tables."
         b, ln = self.cfg.buffer_size, lambda n: (n.normalized_shape, cast(n.weight), cast(n.bias), n.eps)
-        self.encoder, self.decoder = ([_block_weights(x, cast) for x in blocks] for blocks in (model.encoder_blocks, model.decoder_blocks[:-1]))
-        self.last = _block_weights(model.decoder_blocks[-1], cast, ((None, self.cfg.width), (self.cfg.width, None)))
+        self.encoder, self.decoder = ([_block_weights(x, cast, fixed) for x in blocks] for blocks, fixed in ((model.encoder_blocks, False), (model.decoder_blocks[:-1], True)))
+        self.last = _block_weights(model.decoder_blocks[-1], cast, cuts=((None, self.cfg.width), (self.cfg.width, None)))
         self.head = (_OneStepHead if isinstance(self.draw, OneStep) else _ChainHead)(model, self.draw, cast)
-        self.z, self.z_ln, self.enc_ln, self.embed = _affine(model.z_proj, cast), ln(model.z_proj_ln), ln(model.encoder_norm), _affine(model.decoder_embed, cast)
+        self.z, self.z_ln, self.enc_ln, self.embed = _affine(model.z_proj, cast), ln(model.z_proj_ln), ln(model.encoder_norm), _affine(model.decoder_embed, cast, False)
         self.classes, enc, dec = cast(torch.cat([model.class_emb.weight, model.fake_latent])), model.encoder_pos_embed_learned[0], model.decoder_pos_embed_learned[0]
         self.enc_buffer, self.enc_pos, self.dec_buffer, self.dec_known, self.dec_masked = map(cast, (enc[:b], enc[b:], dec[:b], dec[b:], dec[b:] + model.mask_token[0]))
 
