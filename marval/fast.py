@@ -57,7 +57,7 @@ def _block_weights(block, cast, fixed=True, cuts=((None, None),)):
     norm, affine = lambda n: (cast(n.weight), cast(n.bias)), lambda linear: _affine(linear, cast, fixed)
     return (norm(block.norm1), *(_affine(block.attn.qkv, cast, fixed, slice(*c)) for c in cuts), affine(block.attn.proj), norm(block.norm2), affine(block.mlp.fc1), affine(block.mlp.fc2))
 
-# %% ../nbs/03b_fast.ipynb #03-008
+# %% ../nbs/03b_fast.ipynb #03-009
 def _fold(net):
     r"$(\text{bias}, W)$ of all modulations: shift', scale', gate of every block, then shift', scale' of the last layer."
     ws, bs = [], []
@@ -132,7 +132,7 @@ class _ChainHead(_Head):
         else: x = torch.add(f_x * x, eps, alpha=f_eps)
         return torch.addcmul(x, (f_v * v).exp_(), z) if scale else x
 
-# %% ../nbs/03b_fast.ipynb #03-010
+# %% ../nbs/03b_fast.ipynb #03-011
 class FastSampler:
     "`sampling.sample` for drawing alone: no gradients, shapes and tables prepared, a CUDA graph per batch size on a GPU. It can't be copied or pickled."
 
