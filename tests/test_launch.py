@@ -26,7 +26,7 @@ BAD = {
     "cfg < 0": (["--scale", "smoke", "--set", "sampling.cfg=-0.5"], "sampling.cfg=-0.5"),
     "cfg NaN": (["--scale", "smoke", "--set", "sampling.cfg=nan"], "sampling.cfg=nan"),
     "unknown field": (["--scale", "smoke", "--set", "distill.rate=1"], "distill.rate"),
-    "wrong type": (["--scale", "smoke", "--set", "rl.batch=many"], "rl.batch takes int"),
+    "wrong type": (["--scale", "smoke", "--set", "rl.batch=many"], "rl.batch=many: expected a whole number"),
     "no value": (["--scale", "smoke", "--set", "rl.batch"], "field=value"),
     "not one of the choices": (["--scale", "smoke", "--set", "distill.loss=l2"], "sim, gsim, sid"),
     "a reward of later": (["--scale", "smoke", "--set", "rl.reward=pickscore"], "classifier or clip"),
