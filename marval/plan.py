@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from .config import Config, ModelConfig, reward_terms
+from .cost import flop_counter
 from .distill import known_counts
 from .mar import MAR
 from .parallel import autocast
@@ -48,10 +48,11 @@ class Operations(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.flops = 0
+        self.formulas = flop_counter().flop_registry
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if count := flop_registry.get(func._overloadpacket): self.flops += count(*args, **(kwargs or {}), out_val=out)
+        if count := self.formulas.get(func._overloadpacket): self.flops += count(*args, **(kwargs or {}), out_val=out)
         return out
 
 # %% ../nbs/14_plan.ipynb #14-013
