@@ -20,12 +20,15 @@ from pathlib import Path
 from .border import BadInput, one_line, parse_json
 
 # %% ../nbs/00_files.ipynb #00-005
-def _system_reason(e: BaseException,  # what a writer raised
-                   ) -> str | None:   # the system's own words, as in `No space left on device`; None = not the system's fault
+def _system_reason(
+    e: BaseException,  # what a writer raised
+) -> str | None:       # the system's own words, as in `No space left on device`; None = not the system's fault
     "Find the operating system's error behind an exception."
     seen = e
     while seen is not None:
         if isinstance(seen, OSError): return seen.strerror or str(seen)
+        if isinstance(seen, ValueError) and "null byte" in str(seen): return "not a name of a file"
+        if isinstance(seen, UnicodeEncodeError): return "not a name of a file"
         if found := re.search(r"os error (\d+)", str(seen)): return os.strerror(int(found[1]))
         seen = seen.__cause__ or seen.__context__
 
