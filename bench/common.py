@@ -1,11 +1,10 @@
 "What the benchmarks share: their command line, their result files, who measured what, the clock."
 import argparse
-import json
 import math
-import os
 import re
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -13,10 +12,12 @@ sys.path.insert(0, str(ROOT))  # the package of this checkout, whether it is ins
 
 import torch  # noqa: E402
 
-from marval.config import BadInput  # noqa: E402
+from marval.border import BadInput, Parser, entry_point, given, one_line  # noqa: E402
+from marval.config import Config, override  # noqa: E402
 from marval.evaluate import run_provenance  # noqa: E402
 from marval.files import ensure_folder, read_json, write_json  # noqa: E402
 
+__all__ = ["BadInput", "Config", "entry_point", "override", "read_json"]
 RESULTS = ROOT/"bench"/"results"
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
 SCALES = ("smoke", "digits", "tiny", "base", "large", "huge")
@@ -24,26 +25,17 @@ SCALES = ("smoke", "digits", "tiny", "base", "large", "huge")
 
 # ---- the command line
 
-class Parser(argparse.ArgumentParser):
-    "Refuses in one line, with exit status 2."
-    def __init__(self, doc: str):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def error(self, message):
-        self.exit(2, f"error: {one_line(message)} (--help says what is accepted)\n")
-
-
-def one_line(text) -> str:
-    "Without line breaks and control characters."
-    return re.sub(r"[\x00-\x1f\x7f]+", " ", str(text)).strip()
+def parser(doc: str) -> Parser:
+    "Of a script with this docstring; it refuses in one line."
+    return Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def whole(least: int = 1, most: int = 10**6):
     "A type for argparse: whole numbers in a range."
     def read(text):
-        value = int(text) if re.fullmatch(r"[+-]?\d{1,18}", text.strip()) else None
+        value = int(text) if re.fullmatch(r"[+-]?[0-9]{1,18}", text) else None
         if value is None or not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from {least} to {most}")
+            raise argparse.ArgumentTypeError(f"{given(text)}: expected a whole number from {least} to {most}")
         return value
     return read
 
@@ -54,18 +46,17 @@ def number(above: float = 0, most: float = 1e6):
         try: value = float(text)
         except ValueError: value = math.nan
         if not above < value <= most:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected a number above {above:g}, at most {most:g}")
+            raise argparse.ArgumentTypeError(f"{given(text)}: expected a number in ({above:g}, {most:g}]")
         return value
     return read
 
 
 def folder(text: str) -> Path:
     "A type for argparse: a folder that is there."
-    path = Path(text)
-    try: there = path.is_dir()
-    except (OSError, ValueError): there = False
-    if not there: raise argparse.ArgumentTypeError(f"{text!r}: no such folder; expected one that exists")
-    return path
+    try:
+        if Path(text).is_dir(): return Path(text)
+    except (OSError, ValueError): pass
+    raise argparse.ArgumentTypeError(f"{given(text)}: no such folder")
 
 
 def device_arguments(p: Parser) -> None:
@@ -93,19 +84,13 @@ def settle(args, name: str) -> bool:
     return gpu
 
 
-def end(main) -> None:
-    "Run a program and exit: 0, or one line and 2 for a refusal, 1 for lack of memory, 130 for Ctrl-C."
-    sys.stdout.reconfigure(errors="backslashreplace")
-    status, said = 2, ""
-    try:
-        main()
-        status = 0
-    except BadInput as e: said = f"error: {e}"
-    except OSError as e: said = f"error: {e.filename or 'the system'}: {e.strerror or e}"
-    except (MemoryError, torch.OutOfMemoryError) as e: status, said = 1, f"error: out of memory: {e}"
-    except KeyboardInterrupt: status, said = 130, "interrupted; the same command goes on from what is stored"
-    if said: print(one_line(said), file=sys.stderr)
-    sys.exit(status)
+def adapted(config: Config, values: dict, settings=()) -> Config:
+    """A configuration with other values, by dotted name: the script's own first, which need no check, then
+    those of --set. `BadInput` on a bad one of these."""
+    for name, value in values.items():
+        part, _, leaf = name.partition(".")
+        config = replace(config, **{part: replace(getattr(config, part), **{leaf: value})})
+    return override(config, list(settings)) if settings else config
 
 
 # ---- result files
@@ -116,29 +101,24 @@ def out_file(path: Path) -> Path:
     try:
         if path.name in ("", "..") or path.is_dir(): raise BadInput(f"--out {path}: a folder, not a file")
         if path.exists() and not path.is_file(): raise BadInput(f"--out {path}: no regular file")
-        ensure_folder(path.parent)
+        out_folder(path.parent)
     except BadInput: raise
-    except (OSError, ValueError) as e: raise BadInput(f"--out {path}: {_reason(e)}") from None
+    except (OSError, ValueError) as e: raise BadInput(f"--out {path}: {one_line(e)}") from None
     return path
-
-
-def _reason(e): return getattr(e, "strerror", None) or str(e)
 
 
 def out_folder(path: Path) -> Path:
     "A folder that takes files; made where it is missing. `BadInput` otherwise."
     try: return ensure_folder(path)
     except BadInput: raise
-    except (OSError, ValueError) as e: raise BadInput(f"--out {path}: {_reason(e)}") from None
+    except (OSError, ValueError) as e: raise BadInput(f"--out {path}: {one_line(e)}") from None
 
 
 def stored(path: Path, **shape: type) -> dict:
     "What an earlier run left, nothing where there is no file. `BadInput` where it lacks keys of these types."
     if not path.exists(): return {}
-    try: found = read_json(path)
-    except RecursionError: found = None
-    if isinstance(found, dict) and all(isinstance(found.get(k), kind) for k, kind in shape.items()):
-        return found
+    found = read_json(path)
+    if all(isinstance(found.get(k), kind) for k, kind in shape.items()): return found
     wanted = ", ".join(f"{k} ({kind.__name__})" for k, kind in shape.items())
     raise BadInput(f"{path}: no result of this benchmark; expected an object with {wanted}, or another --out")
 
@@ -153,8 +133,7 @@ def plain(x):
 
 def keep(path: Path, result: dict) -> None:
     "Write a result, atomically."
-    json.dumps(result := plain(result), allow_nan=False)
-    write_json(path, result)
+    write_json(path, plain(result))
 
 
 # ---- who measured what

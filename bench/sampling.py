@@ -18,17 +18,17 @@ import argparse
 import copy
 import gc
 import statistics
+import sys
 import time
 from functools import lru_cache
 from itertools import product
 
 import torch
-from common import DTYPES, SCALES, Parser, clock, device_arguments, end, facts, keep, number, settle, stored
-from common import wait, whole
-from torch.utils.flop_counter import FlopCounterMode
+from common import (DTYPES, SCALES, clock, device_arguments, entry_point, facts, keep, number, parser, settle,
+                    stored, wait, whole)
 
 from marval.config import preset
-from marval.cost import Phase, least_time, phases, total
+from marval.cost import Phase, flop_counter, least_time, phases, total
 from marval.data import to_images
 from marval.diffusion import Schedule
 from marval.fast import FastSampler
@@ -73,7 +73,7 @@ def decoder_cost(m):
     with torch.device("meta"):
         vae = KL16(channels=m.vae_embed_dim)
         z = torch.empty(1, m.vae_embed_dim, side, side)
-    with FlopCounterMode(display=False) as counter: vae.decode(z)
+    with flop_counter() as counter: vae.decode(z)
     return counter.get_total_flops(), sum(p.numel() for p in vae.decoder.parameters())
 
 
@@ -269,7 +269,7 @@ def distances(contestants) -> dict:
 
 
 def arguments(argv=None):
-    p = Parser(__doc__)
+    p = parser(__doc__)
     device_arguments(p)
     p.add_argument("--size", nargs="+", default=SIZES, choices=SCALES)
     p.add_argument("--K", nargs="+", type=whole(1, 256), default=KS, help="autoregressive steps")
@@ -321,8 +321,8 @@ def earlier(args, device: str) -> dict:
     return old["cells"] if same else {}
 
 
-def main(argv=None) -> dict:
-    "Returns the cells that were measured."
+def work(argv=None) -> dict:
+    "Parse, measure, store; returns the cells that were measured."
     args = arguments(argv)
     deadline = time.monotonic() + 60 * args.minutes
     about = facts() | {"chain_steps": args.chain_steps, "decode": args.decode}
@@ -359,4 +359,10 @@ def trace(cell, prefix):
             c.busy(prefix)
 
 
-if __name__ == "__main__": end(main)
+@entry_point
+def main(argv) -> int:
+    work(argv)
+    return 0
+
+
+if __name__ == "__main__": sys.exit(main())
