@@ -26,8 +26,8 @@ from types import SimpleNamespace
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # where this file is loaded by its path
-from common import (DTYPES, BadInput, clock, device_arguments, entry_point, facts, keep, parser, settle, stored,
-                    whole)
+from common import (DTYPES, BadInput, clock, device_arguments, entry_point, facts, keep, parser, settle,
+                    stored, whole)
 from sampling import Cell, Contestant, random_weights
 
 from marval.config import preset
@@ -49,8 +49,8 @@ MODELS = ("ADM", "DiT-XL/2", *(f"{m}-{s}" for m in ("MAR", "MARVAL") for s in SC
 
 
 def adm(tiny):
-    """guided-diffusion's 256 x 256 U-Net, and the shape of what it draws: widths 256 x (1, 1, 2, 2, 4, 4), two
-    residual blocks a level, attention from 32 x 32 down, heads of 64, residual up- and downsampling,
+    """guided-diffusion's 256 x 256 U-Net, and the shape of what it draws: widths 256 x (1, 1, 2, 2, 4, 4),
+    two residual blocks a level, attention from 32 x 32 down, heads of 64, residual up- and downsampling,
     scale-shift norms, learned variance."""
     from diffusers import UNet2DModel
     side, widths, head = (64, (32,) * 6, 8) if tiny else (256, (256, 256, 512, 512, 1024, 1024), 64)
@@ -95,7 +95,7 @@ def parameters(net):
 
 
 def size(name, build) -> dict:
-    "Parameters and operations of a network without numbers. A `RuntimeError` more than 1 % off what is published."
+    "Parameters and operations of a network without numbers, or a `RuntimeError`, see `agreed`."
     with torch.device("meta"):
         net, shape = build(False)
         labels = torch.zeros(1, dtype=torch.long)
@@ -105,7 +105,7 @@ def size(name, build) -> dict:
 
 
 def agreed(name, have, want) -> dict:
-    "Built beside published, or a `RuntimeError`."
+    "Built beside published; a `RuntimeError` where they are more than 1 % apart."
     for what, h, w in zip(("parameters", "operations"), have, want):
         if w and abs(h / w - 1) > 0.01:
             raise RuntimeError(f"{name} as built has {h:.4g} {what}; expected {w:.4g} within 1 %")
@@ -114,7 +114,7 @@ def agreed(name, have, want) -> dict:
 
 
 class Denoiser:
-    "A network evaluated once (or twice, guided) a step on the whole image, and the decoder behind it, if any."
+    "A network evaluated once (guided: twice) a step on the whole image, and the decoder behind it, if any."
     def __init__(self, args, name, dtype):
         self.device, self.dtype = args.device, DTYPES[dtype]
         torch.manual_seed(0)
@@ -235,7 +235,7 @@ def arguments(argv=None):
     p.add_argument("--tiny", action="store_true",
                    help="small networks and few steps: a trial of the program, whose times mean nothing")
     args = p.parse_args(argv)
-    if args.tiny and not args.out: raise BadInput("--tiny: expected --out, so that no real result is replaced")
+    if args.tiny and not args.out: raise BadInput("--tiny: expected --out, to replace no real result")
     gpu = settle(args, "baselines")
     args.dtype = args.dtype or (["fp32", "bf16"] if gpu else ["fp32"])
     if args.measured is None and not gpu: args.measured = 3
