@@ -129,7 +129,7 @@ def timing(args, models: dict, counts: dict, rounds: int = 7) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=ROOT/"runs"/"digits", metavar="DIR", help="run folder with teacher, student and judges (default: runs/digits)")
+    parser.add_argument("--run", type=Path, default=ROOT/"reference"/"digits", metavar="DIR", help="run folder with teacher, student and judges (default: reference/digits)")
     parser.add_argument("--out", type=Path, default=ROOT/"bench"/"results"/"reveal.json", metavar="FILE", help="(default: bench/results/reveal.json)")
     parser.add_argument("--models", nargs="+", choices=("student", "teacher"), default=["student", "teacher"])
     parser.add_argument("--K", nargs="+", type=int, default=[1, 2, 3, 4, 6, 8, 12, 16], help="autoregressive steps, at most the number of tokens")

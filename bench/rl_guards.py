@@ -3,7 +3,7 @@
 Starts from the student and the judges of a finished run of the digits. Three stages of RL, all settings the preset's but for what a name says: with the anchor, without it, and without it under a guard. All are measured every
 five steps, with the held-out judge watching. Then the student draws N candidates for each of 500 labels, and the best are measured as the others are. Each RL is a run folder of the pipeline: the script can be stopped and started again.
 
-    python bench/rl_guards.py --from runs/digits --out runs/guards      # some minutes on one core -> bench/results/rl_guards.json
+    python bench/rl_guards.py --from reference/digits --out runs/guards      # some minutes on one core -> bench/results/rl_guards.json
 """
 import argparse
 import shutil

@@ -23,7 +23,7 @@ from marval.sampling import OneStep
 from marval.outcome import draw_images
 from marval.journal import read_log
 
-TEACHER = Path(__file__).parent.parent/"runs"/"digits"     # of `slurm/launch.py --scale digits`
+TEACHER = Path(__file__).parent.parent/"reference"/"digits"     # of `slurm/launch.py --scale digits`
 RESULTS = Path(__file__).parent/"results"/"share_digits.json"
 
 
@@ -45,7 +45,7 @@ def student(seed: int, share: str, teacher: Path, out: Path, settings: list[str]
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
-    p.add_argument("--teacher", type=Path, default=TEACHER, metavar="RUN", help="run folder with a digits teacher and its judges (default: runs/digits)")
+    p.add_argument("--teacher", type=Path, default=TEACHER, metavar="RUN", help="run folder with a digits teacher and its judges (default: reference/digits)")
     p.add_argument("--out", type=Path, required=True, help="where the runs go")
     p.add_argument("--results", type=Path, default=RESULTS)
     p.add_argument("--set", action="append", default=[], metavar="field=value")

@@ -101,7 +101,7 @@ class _Parser(argparse.ArgumentParser):
 def _arguments(argv):
     "The command line of `marval-sample`."
     p = _Parser(prog="marval-sample", description="Draw images from weights that a run has written.", allow_abbrev=False,
-                epilog="example: marval-sample --weights runs/digits/student.safetensors --label 3 --n 16 --out grid.png")
+                epilog="example: marval-sample --weights reference/digits/student.safetensors --label 3 --n 16 --out grid.png")
     p.add_argument("--weights", required=True, metavar="FILE", help="*.safetensors of a run folder, or MAR's public checkpoint (.pth)")
     p.add_argument("--vae", metavar="FILE", help="weights of the tokenizer, MAR's kl16.ckpt, for weights that draw latents")
     p.add_argument("--device", default="auto", help="auto | cpu | cuda (default: auto, cuda where there is one)")
