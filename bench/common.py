@@ -147,7 +147,7 @@ def commit() -> str:
 def _commit_without_git(root: Path) -> str:
     def text(path):
         try: return path.read_text(encoding="ascii", errors="replace")
-        except OSError: return ""
+        except (OSError, ValueError): return ""
     head = text(root/".git"/"HEAD").strip()
     ref = head.removeprefix("ref: ")
     packed = [line for line in text(root/".git"/"packed-refs").splitlines() if line.endswith(" " + ref)]

@@ -8,7 +8,7 @@ Parts of a step are told apart by marks between forward and backward passes, in 
 
 examples:
     python bench/distill.py                                        # on a GPU: base, 32 images, bf16
-    python bench/distill.py --size huge --batch 16 --set compute.recompute=blocks
+    python bench/distill.py --size huge --batch 16 --recompute blocks
     python bench/distill.py --compile --profile /tmp/step.json     # and a Chrome trace of one step of each
     python bench/distill.py --device cpu --set model.depth=2 --set model.head_depth=1   # a sixth of base
     python bench/distill.py --device cpu --size smoke --batch 4 --rounds 2 --out /tmp/distill.json   # a trial
@@ -222,6 +222,8 @@ def arguments(argv=None):
     p.add_argument("--accumulate", type=whole(1, 4096), default=1, metavar="N",
                    help="parts that the batch is worked off in")
     p.add_argument("--compile", action="store_true", help="torch.compile for the blocks that are trained")
+    p.add_argument("--recompute", choices=("none", "blocks"), default="none",
+                   help="blocks: activations inside blocks are computed again, to save memory")
     p.add_argument("--phi-mul", nargs="+", type=whole(1, 64), default=(4, 1),
                    help="diffusion times a token and update of phi")
     p.add_argument("--rounds", type=whole(1, 100), default=4, help="amounts of masking")
@@ -240,6 +242,7 @@ def arguments(argv=None):
 def configuration(args):
     own = {"teacher.batch": args.batch, "distill.batch": args.batch, "compute.precision": args.precision,
            "compute.accumulate": args.accumulate, "compute.compile": "on" if args.compile else "off",
+           "compute.recompute": args.recompute,
            "distill.phi_first": 0, "distill.phi_updates": 1}
     return adapted(preset(args.size), own, args.set)
 
@@ -261,6 +264,7 @@ def work(argv=None) -> dict:
              "diffusion_mul": cfg.teacher.diffusion_mul, "cfg": cfg.sampling.cfg, **about}
     cell |= measure(args, cfg)
     extra = [f"accumulate={args.accumulate}"] * (args.accumulate > 1) + ["compile"] * args.compile
+    extra += ["recompute=blocks"] * (args.recompute == "blocks")
     settings = [s.removeprefix("model.") for s in args.set]
     key = " ".join([args.size, *settings, f"batch={args.batch}", args.precision, *extra])
     keep(args.out, {"provenance": about, "cells": done | {key: cell}})

@@ -24,8 +24,8 @@ from functools import lru_cache
 from itertools import product
 
 import torch
-from common import (DTYPES, SCALES, clock, device_arguments, entry_point, facts, keep, number, parser, settle,
-                    stored, wait, whole)
+from common import (DTYPES, SCALES, BadInput, clock, device_arguments, entry_point, facts, keep, number,
+                    parser, settle, stored, wait, whole)
 
 from marval.config import preset
 from marval.cost import Phase, flop_counter, least_time, phases, total
@@ -41,11 +41,11 @@ SIZES, KS, BATCHES = ("base", "large", "huge"), (64, 8, 16, 32, 256), (1, 256, 8
 KINDS = ("one step", "chain")
 
 
-def ceilings(device: str, dtype: torch.dtype) -> dict:
+def ceilings(device: str, dtype: torch.dtype, tiny: bool = False) -> dict:
     "Operations a second of a large matrix product, bytes a second of a copy or a matrix-vector product."
     gpu = device == "cuda"
     def best(f, n): return min(clock(device, f)["seconds"] for _ in range(n))
-    side, words = (8192, 2**28) if gpu else (1536, 2**25)
+    side, words = (128, 2**20) if tiny else (8192, 2**28) if gpu else (1536, 2**25)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     rate = 2 * side**3 / best(lambda: a @ b, 10 if gpu else 3)
     x, y = torch.zeros(words, device=device), torch.empty(words, device=device)
@@ -288,8 +288,16 @@ def arguments(argv=None):
                    help="count the tokenizer's decoder in (default: on a GPU)")
     p.add_argument("--parts", action=argparse.BooleanOptionalAction, default=True,
                    help="also measure the shares of backbone, head and decoder")
+    p.add_argument("--tiny", action="store_true",
+                   help="rough ceilings and 3 steps of the chain: a trial, whose times mean nothing")
     p.add_argument("--profile", metavar="PREFIX", help="a Chrome trace of each contestant of the first cell")
-    args = p.parse_args(argv)
+    return settled(p.parse_args(argv))
+
+
+def settled(args):
+    "What follows from the arguments given."
+    if args.tiny and not args.out: raise BadInput("--tiny: expected --out, to replace no real result")
+    if args.tiny: args.chain_steps = 3
     gpu = settle(args, "sampling")
     if args.decode is None: args.decode = gpu
     fast = args.dtype or (["bf16"] if gpu else ["fp32"])
@@ -321,13 +329,21 @@ def earlier(args, device: str) -> dict:
     return old["cells"] if same else {}
 
 
+def others(cell, own) -> dict:
+    "Contestants that an earlier run of the same commit left in a cell; none where anything differs."
+    if not isinstance(cell, dict) or own["commit"] == "unknown": return {}
+    runs = cell.get("runs") if all(cell.get(k) == v for k, v in own.items()) else None
+    return runs if isinstance(runs, dict) else {}
+
+
 def work(argv=None) -> dict:
     "Parse, measure, store; returns the cells that were measured."
     args = arguments(argv)
     deadline = time.monotonic() + 60 * args.minutes
     about = facts() | {"chain_steps": args.chain_steps, "decode": args.decode}
     done, new = earlier(args, about["device"]), {}
-    args.ceilings = {d: ceilings(args.device, DTYPES[d]) for d in dict.fromkeys(d for d, _ in args.paths)}
+    types = dict.fromkeys(d for d, _ in args.paths)
+    args.ceilings = {d: ceilings(args.device, DTYPES[d], args.tiny) for d in types}
     print(about["device"])
     for d, c in args.ceilings.items():
         print(f"{d}: {c['flops'] / 1e12:.3g} TFLOP/s, {c['bytes'] / 1e9:.4g} GB/s", flush=True)
@@ -341,8 +357,9 @@ def work(argv=None) -> dict:
         cell = Cell(args, name, model, K, B)
         runs = cell.measure(deadline)
         own = {k: about[k] for k in ("commit", "torch", "threads", "chain_steps", "decode")}
-        new[f"{name} K={K} batch={B}"] = {"size": name, "K": K, "batch": B, "cfg": cell.cfg, **own,
-                                          "ceilings": args.ceilings, "runs": runs}
+        key = f"{name} K={K} batch={B}"
+        new[key] = {"size": name, "K": K, "batch": B, "cfg": cell.cfg, **own, "ceilings": args.ceilings,
+                    "runs": others(done.get(key), own) | runs}
         keep(args.out, {"provenance": about, "cells": done | new})
         show(name, K, B, runs)
         if args.profile and i == 0: trace(cell, args.profile)
