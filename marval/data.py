@@ -54,8 +54,13 @@ def halves(labels: Tensor,  # [n] long
     return order[0::2].sort().values, order[1::2].sort().values
 
 # %% ../nbs/11_data.ipynb #11-018
-import hashlib, io, os
+import hashlib
+import io
+import os
+import re
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -63,7 +68,9 @@ from typing import Iterator
 
 import numpy as np
 from einops import rearrange
-from .files import read_json
+
+from .border import Text, checked, given, one_line
+from .files import open_regular, read_json
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 
@@ -85,30 +92,51 @@ class ImageTree:
 
 # %% ../nbs/11_data.ipynb #11-021
 _LAYOUT = "expected ROOT/CLASS/IMAGE or ROOT/train/CLASS/IMAGE"
+_ODD = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters; bytes that were no UTF-8
+
 
 def _folders(path):
     "Names of the folders in a folder, sorted."
-    with os.scandir(path) as entries: return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    with os.scandir(path) as entries:
+        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
 
 def _image_names(path):
-    "Names of the image files in a folder, sorted."
-    with os.scandir(path) as entries: return sorted(e.name for e in entries if e.name.lower().endswith(EXTENSIONS) and not e.name.startswith("."))
+    "Names of the image files in a folder, sorted. Links are taken as they are, to be followed when they are read."
+    def wanted(e):
+        name = e.name.lower()
+        return name.endswith(EXTENSIONS) and name[0] != "." and (e.is_symlink() or e.is_file(follow_symlinks=False))
+    with os.scandir(path) as entries: return sorted(e.name for e in entries if wanted(e))
+
+
+def _check_names(folder, names):
+    "Raise `BadInput` at the first name that can't be written down."
+    if not _ODD.search("/".join(names)): return
+    odd = next(name for name in names if _ODD.search(name))
+    raise BadInput(f"{one_line(folder)}: the name {given(odd)} has control characters, or is no UTF-8; "
+                   "expected it to be renamed")
 
 # %% ../nbs/11_data.ipynb #11-022
-def index_tree(root: Path | str,    # folder of the class folders, or of a folder `train` that holds them
-               min_images: int = 1, # fewer are refused
-               ) -> ImageTree:
-    "What images there are. Raises `BadInput` for a missing folder, one without classes, a class without images, too few images."
+def index_tree(
+    root: Path | str,     # folder of the class folders, or of a folder `train` that holds them
+    min_images: int = 1,  # fewer are refused
+) -> ImageTree:
+    """What images there are. Raises `BadInput` for a missing folder, one without classes, a class without images,
+    too few images, and names that can't be written down."""
     root = Path(root)
     try:
         if (root/"train").is_dir() and _folders(root/"train"): root = root/"train"
         classes = _folders(root)
         with ThreadPoolExecutor(16) as pool: names = list(pool.map(_image_names, [root/c for c in classes]))
-    except OSError as e: raise BadInput(f"cannot read {e.filename}: {e.strerror}; {_LAYOUT}") from e
+    except OSError as e:
+        raise BadInput(f"cannot read {one_line(e.filename or root)}: {e.strerror}; {_LAYOUT}") from e
+    except ValueError as e: raise BadInput(f"cannot read {one_line(root)}: {e}; {_LAYOUT}") from e
     if not classes: raise BadInput(f"{root} has no class folders; {_LAYOUT}")
+    _check_names(root, classes)
+    for c, found in zip(classes, names): _check_names(root/c, found)
     if empty := [c for c, found in zip(classes, names) if not found]:
-        raise BadInput(f"{root}: no images in {len(empty)} of {len(classes)} class folders, first {empty[0]}; {_LAYOUT}, images ending in {' '.join(EXTENSIONS)}")
+        raise BadInput(f"{root}: no images in {len(empty)} of {len(classes)} class folders, first {empty[0]}; "
+                       f"{_LAYOUT}, images ending in {' '.join(EXTENSIONS)}")
     files = [f"{c}/{name}" for c, found in zip(classes, names) for name in found]
     if len(files) < min_images: raise BadInput(f"{root}: {len(files)} images; expected at least {min_images}")
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(found) for found in names]))
@@ -129,35 +157,73 @@ def center_crop(picture,    # PIL image, RGB
 # %% ../nbs/11_data.ipynb #11-036
 class BadImage(BadInput):
     "A file was read but holds no picture; `.reason` says why, without the name."
-    def __init__(self, path: Path | str, # the file
-                 reason: str,            # one line
-                 ):
+    def __init__(
+        self,
+        path: Path | str,  # the file
+        reason: str,       # one line
+    ):
         self.reason = reason
-        super().__init__(f"cannot decode {path}: {reason}; expected an image")
+        super().__init__(f"cannot decode {one_line(path)}: {reason}; expected an image")
 
 
-def to_rgb(picture,  # PIL image of any mode
-           ):        # PIL image, RGB
-    "Convert to RGB: transparency onto white, 16 bits to the upper 8. Raises `ValueError` for floating-point pixels."
+def to_rgb(
+    picture,  # PIL image of any mode
+):            # PIL image, RGB
+    """Convert to RGB: transparency onto white, 16 bits to the upper 8. Raises `ValueError` for floating-point
+    pixels."""
     from PIL import Image
     if picture.mode == "F": raise ValueError("floating-point pixels")
-    if picture.mode.startswith("I"): picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
+    if picture.mode.startswith("I"):
+        picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
     if picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture.convert("RGB")
 
 # %% ../nbs/11_data.ipynb #11-037
+_LARGEST_FILE = 1 << 28     # bytes
+_MOST_PIXELS = 89_478_485   # Pillow's bound against decompression bombs: 1/4 GiB as RGB
+_MOST_ASPECT = 100          # long side over short side
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+_LARGE, _large_ones = 1 << 24, threading.Semaphore(2)  # pixels from which on so many are decoded at a time
+
+
+def _content(path):
+    "The bytes of a file. Raises `BadImage` where it is no regular file or too large, `BadInput` where it can't be read."
+    try: file = open_regular(path, "an image")
+    except BadInput:
+        if os.path.exists(path) and not os.path.isfile(path): raise BadImage(path, "not a regular file") from None
+        raise
+    with file:
+        size = os.fstat(file.fileno()).st_size
+        if size > _LARGEST_FILE: raise BadImage(path, f"{size} bytes, at most {_LARGEST_FILE} are read")
+        try: return file.read()
+        except OSError as e:
+            raise BadInput(f"cannot read {one_line(path)}: {e.strerror}; expected an image") from e
+
+
+def _check_sides(w, h, size):
+    "Raise `ValueError` for a picture that would take too much memory."
+    short, long = sorted((w, h))
+    if short < 1 or w * h > _MOST_PIXELS: raise ValueError(f"{w} x {h} pixels, at most {_MOST_PIXELS} are decoded")
+    if long > _MOST_ASPECT * short or size * size * long > _MOST_PIXELS * short:
+        raise ValueError(f"{w} x {h} pixels, too long to be cropped to {size} x {size}")
+
+# %% ../nbs/11_data.ipynb #11-037b
 def _decode(path, size):
-    "Cropped picture, uint8 [3, size, size], and the mode of the file. Raises `BadImage`, or `BadInput` where the file can't be read."
+    """Cropped picture, uint8 [3, size, size], and the mode of the file. Raises `BadImage`, or `BadInput` where the
+    file can't be read."""
     from PIL import Image, UnidentifiedImageError
-    try: content = Path(path).read_bytes()
-    except OSError as e: raise BadInput(f"cannot read {path}: {e.strerror}; expected an image") from e
+    content = _content(path)
     try:
-        with Image.open(io.BytesIO(content)) as picture: mode, cropped = picture.mode, center_crop(to_rgb(picture), size)
+        with Image.open(io.BytesIO(content), formats=_FORMATS) as picture:
+            _check_sides(*picture.size, size)
+            mode, large = picture.mode, picture.width * picture.height > _LARGE
+            with _large_ones if large else nullcontext(): cropped = center_crop(to_rgb(picture), size)
     except MemoryError: raise
     except UnidentifiedImageError: raise BadImage(path, f"no known image format, {len(content)} bytes") from None
-    except Exception as e: raise BadImage(path, (str(e) or type(e).__name__).splitlines()[0]) from e        # each decoder has its own ways to fail
+    except Exception as e:  # each decoder has its own ways to fail
+        raise BadImage(path, one_line(str(e) or type(e).__name__, 200)) from e
     return rearrange(torch.from_numpy(np.array(cropped)), "h w c -> c h w").contiguous(), mode
 
 # %% ../nbs/11_data.ipynb #11-038
@@ -170,13 +236,15 @@ def load_image(path: Path | str,    # an image file
     return image.flip(-1) if flip else image
 
 # %% ../nbs/11_data.ipynb #11-046
-def load_images(tree: ImageTree,     # where the images are
-                rows,                # which of them, a sequence of ints
-                size: int,           # s, pixels along a side
-                batch: int = 64,     # B, images at a time
-                workers: int | None = None, # threads; None = one per processor that this process may use, at most 16
-                ) -> Iterator[tuple[Tensor, list]]: # images [B, 3, s, s] uint8 (the last batch may be smaller); per image its mode, as in `RGB`, or its `BadImage`
-    "Batches in the order of `rows`. Raises `BadInput` for a file that can't be read."
+def load_images(
+    tree: ImageTree,             # where the images are
+    rows,                        # which of them, a sequence of ints
+    size: int,                   # s, pixels along a side
+    batch: int = 64,             # B, images at a time
+    workers: int | None = None,  # threads; None = one per processor that this process may use, at most 16
+) -> Iterator[tuple[Tensor, list]]:
+    """Batches in the order of `rows`: images [B, 3, s, s] uint8 (the last batch may be smaller), and for each
+    image the mode of its file, as in `RGB`, or its `BadImage`. Raises `BadInput` for a file that can't be read."""
     def attempt(row):
         try: return _decode(tree.root/tree.files[row], size)
         except BadImage as e: return torch.zeros(3, size, size, dtype=torch.uint8), e
@@ -203,13 +271,16 @@ def check_bad(bad: dict[str, str],  # file -> reason
         raise BadInput(f"{len(bad)} of {total} images cannot be decoded; expected at most max_bad={max_bad}. First: {first}")
 
 # %% ../nbs/11_data.ipynb #11-051
-def class_names(classes,                        # names of the class folders, as `ImageTree.classes`
-                path: Path | str | None = None, # JSON, {folder: name}; None = the folders' own names
-                ) -> tuple[str, ...]:           # one per class, for prompts
-    "The first synonym, underscores as spaces. Raises `BadInput` for a file that isn't such a table, or that lacks a class."
-    table = {c: c for c in classes} if path is None else read_json(path)
-    if not isinstance(table, dict): raise BadInput(f"{path}: a {type(table).__name__}; expected a table {{folder: name}}")
-    names = [" ".join(str(table.get(c, "")).split(",")[0].replace("_", " ").split()) for c in classes]
+def class_names(
+    classes,                         # names of the class folders, as `ImageTree.classes`
+    path: Path | str | None = None,  # JSON, {folder: name}; None = the folders' own names
+) -> tuple[str, ...]:                # one per class, for prompts
+    """The first synonym, underscores and other blanks as single spaces. Raises `BadInput` for a file that isn't such
+    a table, that lacks a class, or whose name for one is no printable text."""
+    table = {c: c for c in classes} if path is None else read_json(path, dict[str, str])
+    source = "class folders" if path is None else one_line(path)
+    names = [" ".join(table.get(c, "").split(",")[0].replace("_", " ").split()) for c in classes]
     if lacking := [c for c, name in zip(classes, names) if not name]:
-        raise BadInput(f"{path}: no name for {len(lacking)} of {len(classes)} classes, first {lacking[0]}; expected a table {{folder: name}}")
-    return tuple(names)
+        raise BadInput(f"{source}: no name for {len(lacking)} of {len(classes)} classes, first {lacking[0]}; "
+                       "expected a table {folder: name}")
+    return tuple(checked(Text, name, f"{source}: the name of {c}") for c, name in zip(classes, names))
