@@ -423,10 +423,11 @@ class _Header:
 def _open(path):
     "A safetensors file, of which only the header has been read."
     from safetensors import SafetensorError, safe_open
-    with open_regular(_file_name(path), _WANT) as f: size = int.from_bytes(f.read(8), "little")
-    if size > _LARGEST_HEADER:
-        raise BadInput(f"{path}: not safetensors, or a header of {size} bytes; expected {_WANT}")
-    try: return safe_open(path, "pt")
+    try:
+        with open_regular(_file_name(path), _WANT) as f: size = int.from_bytes(f.read(8), "little")
+        if size > _LARGEST_HEADER:
+            raise BadInput(f"{path}: not safetensors, or a header of {size} bytes; expected {_WANT}")
+        return safe_open(path, "pt")
     except SafetensorError as e:
         why = f"truncated, or not safetensors ({one_line(e, 200)})"
         raise BadInput(f"{path}: {why}; expected {_WANT}") from None

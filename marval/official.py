@@ -6,100 +6,237 @@
 __all__ = ['infer_config', 'read_foreign', 'load_official', 'save_official']
 
 # %% ../nbs/02b_official.ipynb #02-003
-import argparse, errno, math, re, zipfile
+import argparse
+import errno
+import math
+import pickletools
+import re
+import warnings
+import zipfile
+from dataclasses import asdict
 from pathlib import Path
+from typing import get_type_hints
+
 import torch
-from .config import BadInput, ModelConfig
-from .files import atomic_write
-from .mar import MAR, _build
+from torch import Tensor
+
+from .border import BadInput, checked, given
+from .config import Config, ModelConfig, SamplingConfig, validated
+from .files import atomic_write, open_regular
+from .mar import MAR, _build, _file_name, _is_network, _usable_device
 
 # %% ../nbs/02b_official.ipynb #02-006
 _HEADS = {768: 12, 1024: 16, 1280: 16}  # the public scales
 _UNSEEN = ("heads", "img_size", "vae_stride", "vae_embed_dim", "patch_size", "dropout")
 
 # %% ../nbs/02b_official.ipynb #02-007
-def infer_config(state: dict, # state dict of a MAR, public names
-                 **known,     # what the shapes can't tell: heads, img_size, vae_stride, vae_embed_dim, patch_size, dropout
-                 ) -> ModelConfig:
-    "The configuration that tensor shapes tell; the rest from `known` or defaults. Raises `BadInput` on tensors that are not those of a MAR."
+def _axis(state, name, axis, ndim):
+    "The length of one axis of a tensor. Raises `BadInput` where it is missing, or of another number of axes."
+    if name not in state: raise BadInput(f"tensor {name} is missing; expected the weights of a MAR")
+    shape = list(state[name].shape) if isinstance(state[name], Tensor) else []
+    if len(shape) != ndim or 0 in shape:
+        raise BadInput(f"{name} has shape {shape}; expected {ndim} axes, none empty")
+    return shape[axis]
+
+
+def _count(state, prefix):
+    "How many blocks a list of names has."
+    return len({k[len(prefix):].split(".")[0] for k in state if k.startswith(prefix)})
+
+
+def _known(known):
+    "What the caller, or a checkpoint's `args`, says of the sizes. Raises `BadInput` where it isn't accepted."
+    kinds = get_type_hints(ModelConfig, include_extras=True)
     for k, v in known.items():
-        if k not in _UNSEEN: raise BadInput(f"{k}={v!r}: expected one of {', '.join(_UNSEEN)}; the shapes tell the rest")
-        if k != "dropout" and (type(v) is not int or v < 1): raise BadInput(f"{k}={v!r}: expected a whole number > 0")
-    def size(name, axis, ndim):
-        if name not in state: raise BadInput(f"tensor {name} is missing; expected the weights of a MAR")
-        shape = list(getattr(state[name], "shape", []))
-        if len(shape) != ndim or 0 in shape: raise BadInput(f"{name} has shape {shape}; expected {ndim} axes, none empty")
-        return shape[axis]
-    def count(prefix): return len({k[len(prefix):].split(".")[0] for k in state if k.startswith(prefix)})
-    width, L, D = size("class_emb.weight", 1, 2), size("diffusion_pos_embed_learned", 1, 3), size("z_proj.weight", 1, 2)
-    if math.isqrt(L) ** 2 != L: raise BadInput(f"diffusion_pos_embed_learned has {L} positions; expected a square number")
+        if k not in _UNSEEN:
+            raise BadInput(f"{k}={given(v)}: expected one of {', '.join(_UNSEEN)}; the shapes tell the rest")
+        checked(kinds[k], v, k)
+    return known
+
+# %% ../nbs/02b_official.ipynb #02-007b
+def infer_config(
+    state: dict,  # state dict of a MAR, public names
+    **known,      # what they can't tell: heads, img_size, vae_stride, vae_embed_dim, patch_size, dropout
+) -> ModelConfig:
+    """The configuration that tensor shapes tell; the rest from `known` or defaults.
+    Raises `BadInput` on tensors that are not those of a MAR."""
+    if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
+        raise BadInput(f"state={given(state)}: expected a dictionary of tensors, by name")
+    known = _known(known)
+    width = _axis(state, "class_emb.weight", 1, 2)
+    L, D = _axis(state, "diffusion_pos_embed_learned", 1, 3), _axis(state, "z_proj.weight", 1, 2)
+    grid = math.isqrt(L)
+    if grid**2 != L:
+        raise BadInput(f"diffusion_pos_embed_learned has {L} positions; expected a square number")
     p = math.isqrt(D // 16) if D >= 16 and math.isqrt(D // 16) ** 2 * 16 == D else 1
-    rest = dict(heads=_HEADS.get(width, max(1, width // 16)), vae_stride=16, patch_size=p, dropout=0.1) | known
-    rest = dict(vae_embed_dim=D // rest["patch_size"] ** 2, img_size=math.isqrt(L) * rest["vae_stride"] * rest["patch_size"]) | rest
-    cfg = ModelConfig(width=width, depth=count("encoder_blocks."), mlp_ratio=size("encoder_blocks.0.mlp.fc1.weight", 0, 2) / width,
-                      buffer_size=size("encoder_pos_embed_learned", 1, 3) - L, class_num=size("class_emb.weight", 0, 2),
-                      head_depth=count("diffloss.net.res_blocks."), head_width=size("diffloss.net.input_proj.weight", 0, 2), **rest)
+    heads = _HEADS.get(width, max(1, width // 16))
+    rest = dict(heads=heads, vae_stride=16, patch_size=p, dropout=0.1) | known
+    p = rest["patch_size"]
+    rest = dict(vae_embed_dim=max(1, D // p**2), img_size=grid * rest["vae_stride"] * p) | rest
+    cfg = ModelConfig(
+        width=width, depth=_count(state, "encoder_blocks."), class_num=_axis(state, "class_emb.weight", 0, 2),
+        mlp_ratio=_axis(state, "encoder_blocks.0.mlp.fc1.weight", 0, 2) / width,
+        buffer_size=_axis(state, "encoder_pos_embed_learned", 1, 3) - L,
+        head_depth=_count(state, "diffloss.net.res_blocks."),
+        head_width=_axis(state, "diffloss.net.input_proj.weight", 0, 2), **rest)
     if (cfg.seq_len, cfg.token_dim) != (L, D):
-        given = ", ".join(f"{k}={getattr(cfg, k)}" for k in _UNSEEN[1:5])
-        raise BadInput(f"{given} make {cfg.seq_len} tokens of dimension {cfg.token_dim}; expected {L} of dimension {D}")
-    return cfg
+        sizes = ", ".join(f"{k}={getattr(cfg, k)}" for k in _UNSEEN[1:5])
+        made = f"{cfg.seq_len} tokens of dimension {cfg.token_dim}"
+        raise BadInput(f"{sizes} make {made}; expected {L} of dimension {D}")
+    return validated(Config(model=cfg, sampling=SamplingConfig(K=1))).model
 
 # %% ../nbs/02b_official.ipynb #02-010
-def read_foreign(path: str | Path,                      # a file of `torch.save`, from anybody
-                 want: str = "a MAR checkpoint (.pth)", # what to call it in a complaint
-                 ) -> dict:                             # what is inside, tensors on the CPU
-    "The dict inside a public checkpoint; no class but argparse.Namespace is ever built. Raises `BadInput` on a missing, damaged or unsafe file."
-    if not Path(path).is_file(): raise BadInput(f"{path}: no such file; expected {want}")
+_LARGEST_PICKLE, _LARGEST_TUPLE = 1 << 24, 10**6  # bytes; items, counted as often as they occur
+
+
+def _refuse_nested(pickled, path, want):
+    "Raise `BadInput` on tuples that hold one another so often that to hash one, as a key, takes for ever."
+    stack, marks, memo = [], [], {}
+    for op, arg, _ in pickletools.genops(pickled):
+        if op.name == "MARK": marks.append(len(stack))
+        elif op.name == "MEMOIZE": memo[len(memo)] = stack[-1]
+        elif "PUT" in op.name: memo[int(arg)] = stack[-1]
+        elif "GET" in op.name: stack.append(memo[int(arg)])
+        else:
+            before = op.stack_before
+            start = len(stack) - len(before)
+            if pickletools.markobject in before: start = marks.pop() - before.index(pickletools.markobject)
+            size = 1 + sum(stack[start:]) if op.name.startswith("TUPLE") else 1
+            if size > _LARGEST_TUPLE:
+                raise BadInput(f"{path}: a tuple of more than {_LARGEST_TUPLE} items; expected {want}")
+            stack[start:] = [size] * len(op.stack_after)
+
+
+def _unpacked(f, path, want):
+    "Of an archive: bytes of all entries, and whether they lie there as they are. Of another file: its size."
+    size = f.seek(0, 2)
+    if not zipfile.is_zipfile(f):
+        f.seek(0)
+        try:
+            for _ in range(5): _refuse_nested(f, path, want)  # torch's old format: five pickles, then numbers
+        except (ValueError, LookupError) as e:
+            if isinstance(e, BadInput): raise                 # anything else is torch's to refuse
+        return size, False
+    with zipfile.ZipFile(f) as z:
+        entries = z.infolist()
+        total = sum(e.file_size for e in entries)
+        if total > 32 * size:
+            raise BadInput(f"{path}: {size} bytes that unpack to {total}; expected at most 32 times its size")
+        for e in entries:
+            if not e.filename.endswith(".pkl"): continue
+            if e.file_size > _LARGEST_PICKLE:
+                raise BadInput(f"{path}: a pickle of {e.file_size} bytes; expected {_LARGEST_PICKLE} at most")
+            _refuse_nested(z.read(e), path, want)
+    return max(total, size), all(e.compress_type == zipfile.ZIP_STORED for e in entries)
+
+# %% ../nbs/02b_official.ipynb #02-010c
+def _claim(x):
+    "Bytes that a copy of a tensor takes, and bytes behind it; a tensor that is no plain one has none."
+    plain = x.layout == torch.strided and x.device.type == "cpu" and not x.is_quantized
+    return x.numel() * x.element_size(), x.untyped_storage().nbytes() if plain else -1
+
+
+def _refuse_claims(found, size, path):
+    "Raise `BadInput` where tensors are larger than what lies behind them: `size` bytes, all together."
+    todo, seen = [found], set()
+    while todo:
+        box = todo.pop()
+        if isinstance(box, argparse.Namespace): box = vars(box)
+        if id(box) in seen or not isinstance(box, (dict, list, tuple, set)): continue
+        seen.add(id(box))
+        inside = list(box.values()) if isinstance(box, dict) else list(box)
+        todo += inside
+        tensors = [x for x in inside if isinstance(x, Tensor)]
+        claims = [_claim(x) for x in tensors]
+        for x, (asked, held) in zip(tensors, claims):
+            if asked <= held: continue
+            behind = "no plain one" if held < 0 else f"a view of {held} bytes"
+            shape = list(x.shape)
+            raise BadInput(f"{path}: a tensor of shape {shape} is {behind}; expected {asked} bytes")
+        if (total := sum(asked for asked, _ in claims)) > 2 * size:
+            raise BadInput(f"{path}: tensors of {total} bytes in a file of {size}; expected less")
+
+# %% ../nbs/02b_official.ipynb #02-010b
+def read_foreign(
+    path: str | Path,                       # a file of `torch.save`, from anybody
+    want: str = "a MAR checkpoint (.pth)",  # what error messages ask for
+) -> dict:                                  # what is inside, tensors on the CPU
+    """The dict inside a public checkpoint; no class but argparse.Namespace is ever built.
+    Raises `BadInput` on a missing, damaged or unsafe file."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            # a mapped file: the optimiser's share, twice the weights, is then never read
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with open_regular(_file_name(path), want) as f: size, stored = _unpacked(f, path, want)
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=stored)
+    except BadInput: raise
     except OSError as e:
-        why = "truncated, or not a PyTorch file" if e.errno == errno.EINVAL else f"cannot be read ({e.strerror or e})"  # torch seeks before the start of a file that is cut short
+        # torch seeks before the start of a file that is cut short
+        cut = e.errno == errno.EINVAL
+        why = "truncated, or not a PyTorch file" if cut else f"cannot be read ({e.strerror or e})"
         raise BadInput(f"{path}: {why}; expected {want}") from None
     except Exception as e:  # a damaged pickle can fail in any way
-        found = re.search(r"GLOBAL ([\w.]+)", str(e))
-        why = f"holds {found[1]}, which is not loaded" if found else "truncated, or not a PyTorch file"
+        name = re.search(r"GLOBAL ([\w.]+)", str(e))
+        why = f"holds {name[1]}, which is not loaded" if name else "truncated, or not a PyTorch file"
         raise BadInput(f"{path}: {why}; expected {want}") from None
-    if not isinstance(checkpoint, dict): raise BadInput(f"{path}: holds a {type(checkpoint).__name__}; expected {want}")
-    return checkpoint
+    if not isinstance(found, dict):
+        raise BadInput(f"{path}: holds a {type(found).__name__}; expected {want}")
+    _refuse_claims(found, size, path)
+    return found
 
 # %% ../nbs/02b_official.ipynb #02-011
-def load_official(path: str | Path,                   # MAR's public checkpoint
-                  which: str = "model_ema",           # model_ema | model
-                  device: str | torch.device = "cpu", # where the weights go
-                  **known,                            # as in `infer_config`; goes before the checkpoint's own `args`
-                  ) -> MAR:                           # the network, in evaluation mode
-    "The network of a public checkpoint, sizes from its shapes and `args`. Raises `BadInput` on a missing, truncated, foreign or unsafe file."
-    if which not in ("model_ema", "model"): raise BadInput(f"which={which!r}: expected model_ema or model")
+def load_official(
+    path: str | Path,                    # MAR's public checkpoint
+    which: str = "model_ema",            # model_ema | model
+    device: str | torch.device = "cpu",  # where the weights go
+    **known,                             # as in `infer_config`; goes before the checkpoint's own `args`
+) -> MAR:                                # the network, in evaluation mode
+    """The network of a public checkpoint, sizes from its shapes and `args`.
+    Raises `BadInput` on a missing, truncated, foreign or unsafe file."""
+    if which not in ("model_ema", "model"):
+        raise BadInput(f"which={given(which)}: expected model_ema or model")
+    device = _usable_device(device)
     checkpoint = read_foreign(path)
     state = checkpoint.get(which)
     if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
-        raise BadInput(f"{path}: no state dict {which!r} among {list(checkpoint)[:6]}; expected a MAR checkpoint (.pth)")
+        names = given(list(checkpoint)[:6])
+        raise BadInput(f"{path}: no state dict {which!r} among {names}; expected a MAR checkpoint (.pth)")
     args = vars(checkpoint["args"]) if isinstance(checkpoint.get("args"), argparse.Namespace) else {}
     if "attn_dropout" in args: args = args | {"dropout": args["attn_dropout"]}
     try: cfg = infer_config(state, **{k: args[k] for k in _UNSEEN if k in args} | known)
     except BadInput as e: raise BadInput(f"{path}: {e}") from None
     return _build(cfg, state, path, device)
 
+# %% ../nbs/02b_official.ipynb #02-011b
+def _arguments(c):
+    "MAR's arguments, as far as a configuration tells them."
+    names = {768: "mar_base", 1024: "mar_large", 1280: "mar_huge"}
+    return argparse.Namespace(
+        model=names.get(c.width, "mar"), heads=c.heads, img_size=c.img_size, vae_stride=c.vae_stride,
+        patch_size=c.patch_size, vae_embed_dim=c.vae_embed_dim, class_num=c.class_num,
+        buffer_size=c.buffer_size, diffloss_d=c.head_depth, diffloss_w=c.head_width,
+        attn_dropout=c.dropout, proj_dropout=c.dropout)
 
-def save_official(model: MAR,                             # network; its weights are entry `model`
-                  path: str | Path,                       # *.pth, written atomically
-                  model_ema: MAR | None = None,           # running average; None = the same weights
-                  args: argparse.Namespace | None = None, # MAR's arguments; None = those that the configuration tells, and the heads
-                  epoch: int = 0,                         # epochs done
-                  optimizer: dict | None = None,          # optimiser's state dict; None = no such entry
-                  scaler: dict | None = None,             # loss scaler's state dict; None = no such entry
-                  ) -> None:
+
+def save_official(
+    model: MAR,                              # network; its weights are entry `model`
+    path: str | Path,                        # *.pth, written atomically
+    model_ema: MAR | None = None,            # running average; None = the same weights
+    args: argparse.Namespace | None = None,  # MAR's arguments; None = those that the configuration tells
+    epoch: int = 0,                          # epochs done
+    optimizer: dict | None = None,           # optimiser's state dict; None = no such entry
+    scaler: dict | None = None,              # loss scaler's state dict; None = no such entry
+) -> None:
     "Write the public layout. Raises `BadInput` where the system refuses to write."
-    c = model.cfg
-    args = args or argparse.Namespace(
-        model={768: "mar_base", 1024: "mar_large", 1280: "mar_huge"}.get(c.width, "mar"), heads=c.heads, img_size=c.img_size, vae_stride=c.vae_stride,
-        patch_size=c.patch_size, vae_embed_dim=c.vae_embed_dim, class_num=c.class_num, buffer_size=c.buffer_size, diffloss_d=c.head_depth,
-        diffloss_w=c.head_width, attn_dropout=c.dropout, proj_dropout=c.dropout)
+    for net in (model, model if model_ema is None else model_ema): _is_network(net)
+    kinds = dict(args=(args, argparse.Namespace), optimizer=(optimizer, dict), scaler=(scaler, dict))
+    for name, (value, kind) in kinds.items():
+        if value is not None and not isinstance(value, kind):
+            raise BadInput(f"{name}={given(value)}: expected {kind.__name__}, or nothing")
+    checked(int, epoch, "epoch")
     state = lambda m: {k: v.detach().cpu().contiguous() for k, v in m.state_dict().items()}
-    out = dict(model=state(model), model_ema=state(model_ema or model), optimizer=optimizer, epoch=epoch, scaler=scaler, args=args)
+    out = dict(model=state(model), model_ema=state(model_ema or model), optimizer=optimizer, epoch=epoch,
+               scaler=scaler, args=args or _arguments(model.cfg))
     def write(tmp):
-        with open(tmp, "wb") as f:  # through Python's own file, which says that a disk is full; torch's doesn't
-            torch.save({k: v for k, v in out.items() if v is not None}, f)
-    atomic_write(path, write)
+        # through Python's own file, which says that a disk is full; torch's doesn't
+        with open(tmp, "wb") as f: torch.save({k: v for k, v in out.items() if v is not None}, f)
+    atomic_write(_file_name(path), write)
