@@ -6,90 +6,130 @@
 __all__ = ['RESULT', 'network_images', 'scale_of', 'time_one', 'text_scores', 'summary', 'evaluate_cli']
 
 # %% ../nbs/15b_evaluate_cli.ipynb #15-003
+import argparse
 import os
 import statistics
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
-from .cli import Sampler, _Parser, load
-from .config import SCALES, BadInput, ModelConfig, override, preset
-from .features import INCEPTION, Images, balanced_labels, drawn_images, extractor, open_images, with_scores
-from .fidelity import fidelity, open_reference
-from .files import ensure_folder, read_json, sha256, write_json
+from .border import BadInput, Parser, Range, Text, checked, entry_point, one_line
+from .cli import Sampler, load
+from .config import SCALES, ModelConfig, override, preset
+from .features import INCEPTION, Images, balanced_labels, drawn_images, extractor, open_images
+from .features import with_scores
+from .fidelity import LEAST, MOST, fidelity, open_reference
+from .files import ensure_folder, read_json, refuse_special, sha256, write_json
 from .parallel import group, on_first, world
 from .tables import fill, left_out, missing, read_results, render
 from .train import step_seed
 
+# %% ../nbs/15b_evaluate_cli.ipynb #15-003b
 RESULT = dict(
-    kind="always marval-evaluate", device="what it ran on", torch="version", torch_fidelity="version", commit="of the code, or unknown", ranks="processes", seconds="that all of it took",
-    n="images", fid="Frechet distance of Inception's features", fid_infinity="the same, extrapolated to infinitely many images; null with 50,000", is_mean="Inception score, mean over ten parts", is_std="its standard deviation over them",
-    kid="kernel distance; null where the reference has no images", kid_std="over random subsets", precision="share of images near real ones, or null", recall="share of real ones near images, or null", n_reference="real images, or null", warnings="what a reader must know",
-    extractor="name, sha256, features", images="path, and the recipe: kind (network, folder, npz); of a network weights_sha256, vae_sha256, stage, K, cfg, cfg_schedule, chain_steps (0 = one step), classes, seed",
-    network="scale (that whose sizes it has, or null), parameters; null for images from files", model="whose images they are, as given with --model, or null", reference="path, kind, its checksum, statistics (whether mu and sigma were given)", size="pictures were cut to, or null", batch="drawn and looked at at once",
-    scores="name of a reward -> mean, standard_error, towers, prompt, sha256 (of its weights, prompts and names)", time="of one image at batch 1, decoded: seconds, cpu_seconds (medians), rounds, batch, dtype, threads; null where not asked for")
+    kind="always marval-evaluate",
+    device="what it ran on",
+    torch="version",
+    torch_fidelity="version",
+    commit="of the code, or unknown",
+    ranks="processes",
+    seconds="that all of it took",
+    n="images",
+    fid="Frechet distance of Inception's features",
+    fid_infinity="the same, extrapolated to infinitely many images; null with 50,000",
+    is_mean="Inception score, mean over ten parts; null for fewer than ten images",
+    is_std="its standard deviation over them",
+    kid="kernel distance; null where the reference has no images",
+    kid_std="over random subsets",
+    precision="share of images near real ones, or null",
+    recall="share of real ones near images, or null",
+    n_reference="real images, or null",
+    warnings="what a reader must know, and why a figure is null",
+    extractor="name, sha256, features",
+    images="path, and the recipe: kind (network, folder, npz); of a network weights_sha256, vae_sha256, "
+           "stage, K, cfg, cfg_schedule, chain_steps (0 = one step), classes, seed",
+    network="scale (that whose sizes it has, or null), parameters; null for images from files",
+    model="whose images they are, as given with --model, or null",
+    reference="path, kind, its checksum, statistics (whether mu and sigma were given)",
+    size="pictures were cut to, or null",
+    batch="drawn and looked at at once",
+    scores="name of a reward -> mean, standard_error, towers, prompt, sha256 (of weights, prompts and names)",
+    time="of one image at batch 1, decoded: seconds, cpu_seconds (medians), rounds, batch, dtype, threads; "
+         "null where not asked for")
 
 # %% ../nbs/15b_evaluate_cli.ipynb #15-006
-def network_images(weights,               # *.safetensors of a run folder, or MAR's public checkpoint (.pth)
-                   n: int = 50_000,       # images, with balanced labels
-                   vae=None,              # file of the tokenizer's weights, for weights that draw latents
-                   K: int | None = None,  # autoregressive steps; None = as saved
-                   cfg: float | None = None, # guidance of the teacher's chain; None = as saved
-                   chain: int | None = None, # inner steps, 0 = one step; None = what the weights are for
-                   seed: int = 0,         # of orders and noise
-                   batch: int = 50,       # images drawn at once
-                   device="cpu",          # where to draw
-                   reveal: str | None = None, # how many tokens at a time, see `sampling.reveal_counts`; None = as saved
-                   sampler: Sampler | None = None, # what `load` made of weights and vae; None = loaded here
-                   ) -> Images:
+def network_images(
+    weights,                     # *.safetensors of a run folder, or MAR's public checkpoint (.pth)
+    n: int = 50_000,             # images, with balanced labels
+    vae=None,                    # file of the tokenizer's weights, for weights that draw latents
+    K: int | None = None,        # autoregressive steps; None = as saved
+    cfg: float | None = None,    # guidance of the teacher's chain; None = as saved
+    chain: int | None = None,    # inner steps, 0 = one step; None = what the weights are for
+    seed: int = 0,               # of orders and noise
+    batch: int = 50,             # images drawn at once
+    device="cpu",                # where to draw
+    reveal: str | None = None,   # how many tokens at a time, see `sampling.reveal_counts`; None = as saved
+    sampler: Sampler | None = None, # what `load` made of weights and vae; None = loaded here
+) -> Images:
     "Images straight from a file of weights. Raises `BadInput` as `load` and `Sampler.sample` do."
     sampler = sampler or load(weights, device, vae)
     m, meta = sampler.model.cfg, sampler.meta
-    steps = sampler.chain_steps if chain is None else chain
-    recipe = dict(kind="network", weights_sha256=sha256(weights), vae_sha256=vae and sha256(vae), stage=meta.get("stage"), K=K or int(meta.get("K", m.seq_len)), reveal=reveal or meta.get("reveal", "cosine"),
-                  cfg=float(meta.get("cfg", 1)) if cfg is None else cfg, cfg_schedule=meta.get("cfg_schedule", "constant"), chain_steps=steps, classes=m.class_num, seed=seed)
+    recipe = dict(
+        kind="network", weights_sha256=sha256(weights), vae_sha256=vae and sha256(vae),
+        stage=meta.get("stage"), K=K or int(meta.get("K", m.seq_len)),
+        reveal=reveal or meta.get("reveal", "cosine"),
+        cfg=float(meta.get("cfg", 1)) if cfg is None else cfg,
+        cfg_schedule=meta.get("cfg_schedule", "constant"),
+        chain_steps=sampler.chain_steps if chain is None else chain, classes=m.class_num, seed=seed)
     def draw(i, labels): return sampler.sample(labels, K, cfg, chain, step_seed(seed, "evaluate", i), reveal)
-    draw(0, torch.zeros(1, dtype=torch.long))              # a rehearsal: settings that don't fit are refused now
+    draw(0, torch.zeros(1, dtype=torch.long))    # a rehearsal: settings that don't fit are refused now
     return drawn_images(draw, balanced_labels(n, m.class_num), batch, recipe)
 
 
-def scale_of(m: ModelConfig) -> str | None: # None = none of ours
+def scale_of(
+    m: ModelConfig, # sizes of a network
+) -> str | None:    # None = none of ours
     "The scale whose network has these sizes, whatever its dropout."
     sizes = lambda c: {k: v for k, v in asdict(c).items() if k != "dropout"}
     return next((s for s in SCALES if sizes(preset(s).model) == sizes(m)), None)
 
 # %% ../nbs/15b_evaluate_cli.ipynb #15-009
-def time_one(draw,         # seed -> one image, decoded
-             rounds: int,  # draws; the median counts
-             device="cpu", # where it is drawn
-             ) -> dict:    # seconds, cpu_seconds
+def time_one(
+    draw,         # seed -> one image, decoded
+    rounds: int,  # draws; the median counts
+    device="cpu", # where it is drawn
+) -> dict:        # seconds, cpu_seconds
     "Median time of one image, after one untimed."
     def once(i):
-        wait, start = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None, (time.perf_counter(), time.process_time())
+        wall, cpu = time.perf_counter(), time.process_time()
         draw(i)
-        wait()
-        return time.perf_counter() - start[0], time.process_time() - start[1]
+        if torch.device(device).type == "cuda": torch.cuda.synchronize()
+        return time.perf_counter() - wall, time.process_time() - cpu
     wall, cpu = zip(*[once(i) for i in range(rounds + 1)][1:])
     return dict(seconds=statistics.median(wall), cpu_seconds=statistics.median(cpu))
 
 # %% ../nbs/15b_evaluate_cli.ipynb #15-012
-def text_scores(a,            # parsed arguments: reward, reward_weights, reward_model, prompt, names
-                classes: int, # of the network
-                device,       # where rewards live
-                ) -> tuple[dict, str, dict]: # name -> reward; words that it depends on; name -> what the result says of it
-    "The rewards of a command line. Raises `BadInput` as `make_text_reward`, and where the classes have no names."
+def text_scores(
+    a,            # parsed arguments: reward, reward_weights, reward_model, prompt, names
+    classes: int, # of the network
+    device,       # where rewards live
+) -> tuple[dict, str, dict]: # name -> reward; words that it depends on; name -> what the result says of it
+    "The rewards of a command line. Raises `BadInput` as `make_text_reward`, and where classes have no names."
     from marval.reward_sums import make_text_reward
     from marval.text_rewards import TextScore
     names, rewards, about = _class_names(a.names, classes), {}, {}
     for i, name in enumerate(a.reward):
         given = {"reward_weights": a.reward_weights, "reward_model": a.reward_model}
         own = [f"rl.{k}={v[i]}" for k, v in given.items() if v]
-        cfg = override(preset("base"), [f"model.class_num={classes}", f"rl.reward={name}", "rl.recompute=none", "compute.precision=fp32", *own, *([f"rl.prompt={a.prompt}"] if a.prompt else [])])
-        rewards[name] = make_text_reward(cfg, names, device)
-        about[name] = dict(towers=next((part.arch.name for part in rewards[name].modules() if isinstance(part, TextScore)), name), prompt=cfg.rl.prompt)
+        if a.prompt: own.append(f"rl.prompt={a.prompt}")
+        config = override(preset("base"), [f"model.class_num={classes}", f"rl.reward={name}",
+                                           "rl.recompute=none", "compute.precision=fp32", *own])
+        reward = rewards[name] = make_text_reward(config, names, device)
+        towers = (part.arch.name for part in reward.modules() if isinstance(part, TextScore))
+        about[name] = dict(towers=one_line(next(towers, name)), prompt=config.rl.prompt)
     return rewards, repr((names, [x["prompt"] for x in about.values()])), about
 
 
@@ -98,71 +138,171 @@ def _class_names(path, classes):
     from open_clip import IMAGENET_CLASSNAMES
     from marval.data import class_names
     if not path and classes == len(IMAGENET_CLASSNAMES): return tuple(IMAGENET_CLASSNAMES)
-    if not path: raise BadInput(f"--reward for {classes} classes: expected --names, a JSON file {{folder: name}}")
-    table = read_json(path)
-    return class_names(sorted(table) if isinstance(table, dict) else (), path)
+    if not path:
+        raise BadInput(f"--reward for {classes} classes: expected --names, a JSON file {{folder: name}}")
+    table = read_json(path, dict[Text, Text])
+    if len(table) != classes:
+        raise BadInput(f"{path}: {len(table)} names; expected {classes}, one for each class")
+    return class_names(sorted(table), path)
 
 # %% ../nbs/15b_evaluate_cli.ipynb #15-014
-_NETWORK = ("vae", "n", "K", "reveal", "cfg", "cfg_schedule", "teacher_chain", "seed", "time", "reward", "reward_weights", "reward_model", "prompt", "names")   # options that go with --weights alone
+def _typed(kind):
+    "A type for argparse: what `checked` accepts."
+    def read(text):
+        try: return checked(kind, text, lax=True)
+        except BadInput as e: raise argparse.ArgumentTypeError(str(e)) from None
+    return read
 
 
+def _path(text):
+    "The name of a file or folder, as argparse's type."
+    if not text.strip(): raise argparse.ArgumentTypeError(f"{text!r}: expected the name of a file or folder")
+    return _typed(Text)(text)
+
+
+_NETWORK = ("vae", "n", "K", "reveal", "cfg", "cfg_schedule", "teacher_chain", "seed", "time", "reward",
+            "reward_weights", "reward_model", "prompt", "names")   # options that go with --weights alone
+_COUNT = _typed(Annotated[int, Range(LEAST, MOST)])
+_BATCH = _typed(Annotated[int, Range(1, 4096)])
+_SIZE = _typed(Annotated[int, Range(8, 4096)])
+_STEPS = _typed(Annotated[int, Range(1, 65536)])
+_CHAIN = _typed(Annotated[int, Range(2, 1000)])
+_GUIDANCE = _typed(Annotated[float, Range(0, 100)])
+_ROUNDS = _typed(Annotated[int, Range(1, 1000)])
+_SEED = _typed(Annotated[int, Range(0, 2**63 - 1)])
+_EXAMPLE = """example: marval-evaluate --weights runs/base/student.safetensors --vae kl16.ckpt
+  --reference adm_in256_stats.npz --inception inception.pth --out student.json"""
+
+# %% ../nbs/15b_evaluate_cli.ipynb #15-014b
+def _files_parser():
+    "The options that go with images from files, and with all."
+    p = Parser(prog="marval-evaluate", allow_abbrev=False, epilog=_EXAMPLE,
+               description="FID and its kin of a folder, a file, or a network; the paper's tables.")
+    add = p.add_argument
+    add("--images", metavar="DIR|NPZ", type=_path,
+        help="a folder of pictures, or an .npz with arr_0 (uint8 [n, H, W, 3])")
+    add("--weights", metavar="FILE", type=_path,
+        help="a network to draw from: *.safetensors of a run folder, or MAR's public checkpoint (.pth)")
+    add("--tables", nargs="+", metavar="DIR", type=_path,
+        help="print the paper's tables, filled from the results in these folders; nothing is measured")
+    add("--reference", metavar="NPZ|DIR", type=_path,
+        help="statistics (mu, sigma), images (arr_0), or a folder of pictures")
+    add("--inception", metavar="FILE", type=_path,
+        help="weights of the extractor (default: torch's place for downloads)")
+    add("--download", action="store_true", help="fetch Inception's weights where they are missing")
+    add("--extractor", default=INCEPTION, metavar="NAME", type=_typed(Text),
+        help=f"another one that torch-fidelity knows (default: {INCEPTION})")
+    add("--out", metavar="FILE", type=_path, help="result as JSON (default: printed only)")
+    add("--cache", metavar="DIR", type=_path,
+        help="keep features here; a killed evaluation goes on from them (default: features, beside --out)")
+    add("--size", type=_SIZE, metavar="PIXELS",
+        help="cut the pictures of folders to so many pixels a side, as ADM does (default: as they are)")
+    add("--batch", type=_BATCH, default=50, help="images drawn and looked at at once (default: 50)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto",
+        help="where to work (default: auto, cuda where there is one)")
+    add("--model", choices=("ADM", "DiT-XL/2"), help="with --images: whose samples they are, for the tables")
+    add("--debug", action="store_true", help="show the traceback of an unexpected error")
+    return p
+
+# %% ../nbs/15b_evaluate_cli.ipynb #15-014c
 def _arguments(argv):
     "The command line of `marval-evaluate`."
-    p = _Parser(prog="marval-evaluate", description="FID, Inception score, KID, precision and recall of a folder, a file, or a network.", allow_abbrev=False,
-                epilog="example: marval-evaluate --weights runs/base/student.safetensors --vae kl16.ckpt --reference adm_in256_stats.npz --inception inception.pth --out student.json")
-    p.add_argument("--images", metavar="DIR|NPZ", help="a folder of pictures, or an .npz with arr_0 (uint8 [n, H, W, 3])")
-    p.add_argument("--weights", metavar="FILE", help="a network to draw from: *.safetensors of a run folder, or MAR's public checkpoint (.pth)")
-    p.add_argument("--tables", nargs="+", metavar="DIR", help="print the paper's tables, filled from the results in these folders; nothing is measured")
-    p.add_argument("--reference", metavar="NPZ|DIR", help="statistics (mu, sigma), images (arr_0), or a folder of pictures")
-    p.add_argument("--inception", metavar="FILE", help="weights of the extractor (default: torch's place for downloads)")
-    p.add_argument("--download", action="store_true", help="fetch Inception's weights where they are missing")
-    p.add_argument("--extractor", default=INCEPTION, metavar="NAME", help=f"another one that torch-fidelity knows (default: {INCEPTION})")
-    p.add_argument("--out", metavar="FILE", help="result as JSON (default: printed only)")
-    p.add_argument("--cache", metavar="DIR", help="keep features here; a killed evaluation goes on from them (default: features, beside --out)")
-    p.add_argument("--size", type=int, help="cut the pictures of folders to so many pixels a side, as ADM does (default: as they are)")
-    p.add_argument("--batch", type=int, default=50, help="images drawn and looked at at once (default: 50)")
-    p.add_argument("--device", default="auto", help="auto | cpu | cuda (default: auto, cuda where there is one)")
-    p.add_argument("--model", choices=("ADM", "DiT-XL/2"), help="with --images: whose samples they are, for the tables")
-    g = p.add_argument_group("with --weights")
-    g.add_argument("--vae", metavar="FILE", help="weights of the tokenizer, MAR's kl16.ckpt, for weights that draw latents")
-    g.add_argument("--n", type=int, help="images (default: 50000)")
-    g.add_argument("--K", type=int, help="autoregressive steps (default: as saved)")
-    g.add_argument("--reveal", metavar="SCHEDULE", help="how many tokens each step reveals: cosine | linear | square | cubic | arccos | root (default: as saved)")
-    g.add_argument("--cfg", type=float, help="guidance of the teacher's chain, 1 = none (default: as saved)")
-    g.add_argument("--cfg-schedule", choices=("constant", "linear"), help="guidance over the tokens; MAR's own figures are of linear (default: as saved, else constant)")
-    g.add_argument("--teacher-chain", type=int, metavar="N", help="draw tokens by a chain of N steps (default: as the weights ask for)")
-    g.add_argument("--seed", type=int, help="of orders and noise (default: 0)")
-    g.add_argument("--time", type=int, metavar="N", help="also the seconds of one image at batch 1, decoded: the median of N (default: not measured)")
-    g.add_argument("--reward", action="append", metavar="NAME", help="also the mean score of a text reward (clip, pickscore, ...) over the same images; may be given several times")
-    g.add_argument("--reward-weights", action="append", metavar="FILE", help="its weights; one for each --reward")
-    g.add_argument("--reward-model", action="append", metavar="ARCH", help="its towers, an architecture of open_clip; one for each --reward (default: ViT-H-14)")
-    g.add_argument("--prompt", metavar="TEXT", help=f"sentence with {{}} for the name of the class (default: {preset('base').rl.prompt!r})")
-    g.add_argument("--names", metavar="JSON", help="names of the classes, {folder: name} (default: ImageNet's, for 1000 classes)")
-    return _checked(p.parse_args(argv))
+    p = _files_parser()
+    add = p.add_argument_group("with --weights").add_argument
+    add("--vae", metavar="FILE", type=_path,
+        help="weights of the tokenizer, MAR's kl16.ckpt, for weights that draw latents")
+    add("--n", type=_COUNT, help="images (default: 50000)")
+    add("--K", type=_STEPS, help="autoregressive steps (default: as saved)")
+    add("--reveal", choices=("cosine", "linear", "square", "cubic", "arccos", "root"),
+        help="how many tokens each step reveals (default: as saved)")
+    add("--cfg", type=_GUIDANCE, help="guidance of the teacher's chain, 1 = none (default: as saved)")
+    add("--cfg-schedule", choices=("constant", "linear"),
+        help="guidance over the tokens; MAR's own figures are of linear (default: as saved, else constant)")
+    add("--teacher-chain", type=_CHAIN, metavar="N",
+        help="draw tokens by a chain of N steps (default: as the weights ask for)")
+    add("--seed", type=_SEED, help="of orders and noise (default: 0)")
+    add("--time", type=_ROUNDS, metavar="N",
+        help="also the seconds of one image at batch 1, decoded: the median of N (default: not measured)")
+    add("--reward", action="append", metavar="NAME", type=_typed(Text),
+        help="also the mean score of a text reward (clip, pickscore, ...) over the images; may be repeated")
+    add("--reward-weights", action="append", metavar="FILE", type=_path,
+        help="its weights; one for each --reward")
+    add("--reward-model", action="append", metavar="ARCH", type=_path,
+        help="its towers, an architecture of open_clip; one for each --reward (default: ViT-H-14)")
+    add("--prompt", metavar="TEXT", type=_typed(Text),
+        help=f"sentence with {{}} for the name of the class (default: {preset('base').rl.prompt!r})")
+    add("--names", metavar="JSON", type=_path,
+        help="names of the classes, {folder: name} (default: ImageNet's, for 1000 classes)")
+    return _fitting(p.parse_args(argv))
+
+# %% ../nbs/15b_evaluate_cli.ipynb #15-014d
+def _option(name): return "--" + name.replace("_", "-")
 
 
-def _checked(a):
-    "The arguments, or `BadInput`."
+def _fitting(a):
+    "The arguments; raises `BadInput` where they don't go together."
     if a.tables:
-        if other := [k for k, v in vars(a).items() if v not in (None, False) and k not in ("tables", "extractor", "batch", "device")]: raise BadInput(f"--tables with --{other[0].replace('_', '-')}: expected folders only")
+        free = ("tables", "extractor", "batch", "device", "debug")
+        other = [k for k, v in vars(a).items() if v not in (None, False) and k not in free]
+        if other: raise BadInput(f"--tables with {_option(other[0])}: expected folders only")
         return a
-    if not a.reference: raise BadInput("--reference is missing; expected statistics (mu, sigma), images (arr_0), or a folder of pictures")
-    if bool(a.images) == bool(a.weights): raise BadInput(f"{'both' if a.images else 'neither'} of --images and --weights; expected one of them")
-    if a.images and (given := [k for k in _NETWORK if getattr(a, k) is not None]): raise BadInput(f"--{given[0].replace('_', '-')} with --images: expected it with --weights only")
-    if a.weights and a.model: raise BadInput("--model with --weights: expected it with --images only; a network says itself what it is")
-    for k in ("reward_weights", "reward_model", "prompt", "names"):
-        if getattr(a, k) and not a.reward: raise BadInput(f"--{k.replace('_', '-')} without --reward: expected both")
-    for k in ("reward_weights", "reward_model"):
-        if getattr(a, k) and len(getattr(a, k)) != len(a.reward): raise BadInput(f"{len(getattr(a, k))} --{k.replace('_', '-')} for {len(a.reward)} --reward: expected one for each, in turn")
-    if "clip" in (a.reward or ()) and not a.reward_weights: raise BadInput("--reward clip without --reward-weights: expected the file of its weights")
-    if a.reward and len(set(a.reward)) < len(a.reward): raise BadInput(f"--reward {' '.join(a.reward)}: expected different ones")
-    for k, least in (("n", 5), ("batch", 1), ("size", 8), ("K", 1), ("teacher_chain", 2), ("time", 1)):
-        if (v := getattr(a, k)) is not None and v < least: raise BadInput(f"--{k.replace('_', '-')} {v}: expected at least {least}")
-    if a.seed is not None and not 0 <= a.seed < 2**63: raise BadInput(f"--seed {a.seed}: expected 0 to 2^63 - 1")
-    if a.device not in ("auto", "cpu", "cuda"): raise BadInput(f"--device {a.device!r}: expected auto, cpu or cuda")
-    if a.device == "cuda" and not torch.cuda.is_available(): raise BadInput("--device cuda: there is no GPU here; expected auto or cpu")
-    if a.out and (Path(a.out).suffix != ".json" or Path(a.out).is_dir()): raise BadInput(f"--out {a.out}: expected the name of a file ending in .json")
+    if not a.reference:
+        raise BadInput("--reference is missing; expected statistics (mu, sigma), images (arr_0), or a folder")
+    if bool(a.images) == bool(a.weights):
+        raise BadInput(f"{'both' if a.images else 'neither'} of --images and --weights; expected one of them")
+    alone = [k for k in _NETWORK if getattr(a, k) is not None]
+    if a.images and alone:
+        raise BadInput(f"{_option(alone[0])} with --images: expected it with --weights only")
+    if a.weights and a.model:
+        raise BadInput("--model with --weights: expected it with --images; a network says itself what it is")
+    _fitting_rewards(a)
+    if a.device == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device cuda: there is no GPU here; expected auto or cpu")
+    if a.out and Path(a.out).suffix != ".json":
+        raise BadInput(f"--out {a.out}: expected the name of a file ending in .json")
     return a
+
+
+def _fitting_rewards(a):
+    "As `_fitting`, of the rewards."
+    rewards = a.reward or ()
+    for k in ("reward_weights", "reward_model", "prompt", "names"):
+        if getattr(a, k) and not rewards: raise BadInput(f"{_option(k)} without --reward: expected both")
+    for k in ("reward_weights", "reward_model"):
+        given, asked = len(getattr(a, k) or ()), len(rewards)
+        if given not in (0, asked):
+            raise BadInput(f"{given} {_option(k)} for {asked} --reward: expected one for each, in turn")
+    if "clip" in rewards and not a.reward_weights:
+        raise BadInput("--reward clip without --reward-weights: expected the file of its weights")
+    if len(set(rewards)) < len(rewards):
+        raise BadInput(f"--reward {' '.join(rewards)}: expected different ones")
+
+# %% ../nbs/15b_evaluate_cli.ipynb #15-014e
+def _try_places(a, cache):
+    "Refuse now what could not be written after hours."
+    if a.out:
+        on_first(ensure_folder, Path(a.out).parent)
+        on_first(refuse_special, a.out)
+    if cache: on_first(ensure_folder, cache)
+
+
+def _network(a, net, device):
+    "Of a network: the extractor with the rewards in it, images, and what the result says of all three."
+    sampler, about, timed = load(a.weights, device, a.vae), {}, None
+    if a.cfg_schedule: sampler.meta["cfg_schedule"] = a.cfg_schedule
+    m = sampler.model.cfg
+    if a.reward:
+        rewards, words, about = text_scores(a, m.class_num, device)
+        net = with_scores(net, rewards, words)
+    images = network_images(a.weights, a.n or 50_000, a.vae, a.K, a.cfg, a.teacher_chain, a.seed or 0,
+                            a.batch, device, a.reveal, sampler)
+    network = dict(scale=scale_of(m), parameters=sum(p.numel() for p in sampler.model.parameters()))
+    if a.time:
+        one = lambda i: sampler.sample([0], a.K, a.cfg, a.teacher_chain, i, a.reveal)
+        timed = on_first(time_one, one, a.time, device, share=True)
+        dtype = str(sampler.model.mask_token.dtype).removeprefix("torch.")
+        timed |= dict(rounds=a.time, batch=1, dtype=dtype, threads=torch.get_num_threads())
+    return net, images, dict(network=network, scores=about, time=timed)
 
 
 def _evaluate(a, device):
@@ -170,65 +310,71 @@ def _evaluate(a, device):
     from importlib.metadata import version
     from marval.evaluate import run_provenance
     start, cache = time.monotonic(), a.cache or (a.out and Path(a.out).parent/"features")
-    if a.out: on_first(ensure_folder, Path(a.out).parent)                        # rather now than after hours
-    net, network, about, timed = extractor(a.extractor, a.inception, device, a.download), None, {}, None
+    _try_places(a, cache)
+    net = extractor(a.extractor, a.inception, device, a.download)
     reference = open_reference(a.reference, a.size, a.batch)
+    own = dict(network=None, scores={}, time=None)
     if a.images: images = open_images(a.images, a.size, a.batch)
-    else:
-        sampler = load(a.weights, device, a.vae)
-        if a.cfg_schedule: sampler.meta["cfg_schedule"] = a.cfg_schedule
-        m = sampler.model.cfg
-        if a.reward:
-            rewards, words, about = text_scores(a, m.class_num, device)
-            net = with_scores(net, rewards, words)
-        images = network_images(a.weights, a.n or 50_000, a.vae, a.K, a.cfg, a.teacher_chain, a.seed or 0, a.batch, device, a.reveal, sampler)
-        network = dict(scale=scale_of(m), parameters=sum(p.numel() for p in sampler.model.parameters()))
-        one = lambda i: sampler.sample([0], a.K, a.cfg, a.teacher_chain, i, a.reveal)
-        if a.time: timed = on_first(lambda: time_one(one, a.time, device) | dict(rounds=a.time, batch=1, dtype=str(sampler.model.mask_token.dtype).removeprefix("torch."), threads=torch.get_num_threads()), share=True)
+    else: net, images, own = _network(a, net, device)
     figures = fidelity(images, reference, net, cache, Path(a.images or a.weights).name)
-    scores = {k: v | about[k] | dict(sha256=net.scores[k][1]) for k, v in figures["scores"].items()}
-    real = dict(path=str(a.reference), statistics=reference.stats is not None) | (reference.images.recipe if reference.images else dict(kind="statistics", sha256=sha256(a.reference)))
-    return run_provenance() | figures | dict(kind="marval-evaluate", torch_fidelity=version("torch-fidelity"), images=dict(path=str(a.images or a.weights)) | images.recipe, network=network, model=a.model, reference=real, size=a.size, batch=a.batch,
-                                             scores=scores, time=timed, ranks=world(), seconds=round(time.monotonic() - start, 1))
+    for k, v in figures["scores"].items(): own["scores"][k] |= v | dict(sha256=net.scores[k][1])
+    recipe = reference.images.recipe if reference.images else dict(kind="statistics", sha256=reference.digest)
+    told = dict(kind="marval-evaluate", torch_fidelity=version("torch-fidelity"), model=a.model, size=a.size,
+                batch=a.batch, ranks=world(), images=dict(path=a.images or a.weights) | images.recipe,
+                reference=dict(path=a.reference, statistics=reference.stats is not None) | recipe)
+    return run_provenance() | figures | told | own | dict(seconds=round(time.monotonic() - start, 1))
 
-
-def summary(result: dict,  # as `marval-evaluate` writes it, or from `fidelity`
-            ) -> str:      # one line
+# %% ../nbs/15b_evaluate_cli.ipynb #15-014f
+def summary(
+    result: dict,  # as `marval-evaluate` writes it, or from `fidelity`
+) -> str:          # one line
     "The figures, those that there are."
-    pair = lambda k, s: f"{result[k]:.4g} +- {result[s]:.2g}"
-    said = [("FID", f"{result['fid']:.4g}"), *([("IS", pair("is_mean", "is_std"))] if result["is_mean"] is not None else []),
-            *([("KID", pair("kid", "kid_std")), ("precision", f"{result['precision']:.3f}"), ("recall", f"{result['recall']:.3f}")] if result["kid"] is not None else [])]
-    said += [(k, f"{v['mean']:.4g} +- {v['standard_error']:.2g}") for k, v in result.get("scores", {}).items()]
-    return ", ".join(f"{k} {v}" for k, v in said) + f", n = {result['n']}" + (f"; {result['time']['seconds']:.4g} s an image" if result.get("time") else "")
+    number = lambda k, text: text.format(result[k], result.get(f"{k.removesuffix('_mean')}_std"))
+    shown = dict(fid=("FID", "{:.4g}"), is_mean=("IS", "{:.4g} +- {:.2g}"), kid=("KID", "{:.4g} +- {:.2g}"),
+                 precision=("precision", "{:.3f}"), recall=("recall", "{:.3f}"))
+    said = [f"{name} {number(k, text)}" for k, (name, text) in shown.items() if result[k] is not None]
+    said += [f"{k} {v['mean']:.4g} +- {v['standard_error']:.2g}" for k, v in result.get("scores", {}).items()]
+    timed = f"; {result['time']['seconds']:.4g} s an image" if result.get("time") else ""
+    return ", ".join([*said, f"n = {result['n']}"]) + timed
 
 
 def _tables(places):
     "What `--tables` prints."
-    found = read_results(places)
+    passed = []
+    found = read_results(places, passed.append)
     filled = fill(found)
     empty = sum(map(len, missing(filled).values()))
-    print(render(filled) + f"\n\n{len(filled) - empty} of {len(filled)} lines are filled" + "".join(f"\nleft out: {line}" for line in left_out(found)))
+    print(f"{render(filled)}\n\n{len(filled) - empty} of {len(filled)} lines are filled")
+    for line in left_out(found): print(f"left out: {line}")
+    for line in passed: print(f"passed over: {line}")
+
+# %% ../nbs/15b_evaluate_cli.ipynb #15-014g
+def _ranked_cli(argv, first):
+    "The work; `first`: does this rank speak?"
+    args = _arguments(argv)
+    if args.tables:
+        if first: _tables(args.tables)
+        return
+    with group("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu") as device:
+        result = _evaluate(args, device)
+        if args.out: on_first(write_json, args.out, result)
+    if not first: return
+    for line in result["warnings"]: print(f"warning: {line}", file=sys.stderr)
+    print(summary(result) + (f"; {args.out}" if args.out else ""))
 
 
-def evaluate_cli(argv=None,  # the words after the command's name; None = the process's own
-                 ) -> int:   # exit status: 0 done, 2 bad input, 130 stopped
+@entry_point
+def evaluate_cli(
+    argv=None,  # the words after the command's name; None = the process's own
+) -> int:       # exit status: 0 done, 1 unexpected error, 2 bad input, 130 stopped
     "`marval-evaluate`, alone or as one of several ranks."
-    first = (os.environ.get("RANK") or "0") == "0"
-    try:
-        args = _arguments(argv)
-        if args.tables:
-            if first: _tables(args.tables)
-            return 0
-        with group("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu") as device:
-            result = _evaluate(args, device)
-            if args.out: on_first(write_json, args.out, result)
-    except BadInput as e:
-        if first: print(f"error: {e}", file=sys.stderr)
+    rank = os.environ.get("RANK") or "0"
+    first = rank == "0" or not rank.isdigit()      # of what is no rank, somebody has to speak
+    try: _ranked_cli(argv, first)
+    except BadInput:
+        if first: raise
         return 2
     except KeyboardInterrupt:
         if first: print("stopped; the same command goes on from the features that it kept", file=sys.stderr)
         return 130
-    if first:
-        for line in result["warnings"]: print(f"warning: {line}", file=sys.stderr)
-        print(summary(result) + (f"; {args.out}" if args.out else ""))
     return 0
