@@ -60,7 +60,7 @@ def _entries(archive, names):
     listed = {entry.filename: entry for entry in archive.infolist()}
     return {k: listed[f"{k}.npy"] for k in names if f"{k}.npy" in listed}
 
-
+# %% ../nbs/13a_arrays.ipynb #arrays-009b
 def _each(path, names, read):
     "Call `read(archive, entry)` for the named entries of an .npz."
     with open_regular(path, "an .npz") as f:
@@ -91,8 +91,7 @@ def read_arrays(
     check=None,        # called with what `read_headers` gives before anything is read; raises `BadInput`
 ) -> dict:             # those of them that are there
     """Arrays of numbers of an .npz; others in it are not read. Raises `BadInput` as `read_headers`, and for
-    more
-    than this machine's memory."""
+    more than this machine's memory."""
     headers = read_headers(path, *names)
     if check: check(headers)
     size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in headers.values())

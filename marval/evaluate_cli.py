@@ -23,7 +23,7 @@ from .config import SCALES, ModelConfig, override, preset
 from .features import INCEPTION, Images, balanced_labels, drawn_images, extractor, open_images
 from .features import with_scores
 from .fidelity import LEAST, MOST, fidelity, open_reference
-from .files import ensure_folder, read_json, refuse_special, sha256, write_json
+from .files import ensure_folder, read_json, refuse_special, sha256, write_json, writing
 from .parallel import group, on_first, world
 from .tables import fill, left_out, missing, read_results, render
 from .train import step_seed
@@ -280,9 +280,10 @@ def _fitting_rewards(a):
 # %% ../nbs/15b_evaluate_cli.ipynb #15-014e
 def _try_places(a, cache):
     "Refuse now what could not be written after hours."
-    if a.out:
-        on_first(ensure_folder, Path(a.out).parent)
-        on_first(refuse_special, a.out)
+    def try_out():
+        ensure_folder(Path(a.out).parent)
+        with writing(a.out): refuse_special(a.out)
+    if a.out: on_first(try_out)
     if cache: on_first(ensure_folder, cache)
 
 

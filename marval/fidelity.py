@@ -121,13 +121,14 @@ def fid_infinity(
 
 # %% ../nbs/13b_fidelity.ipynb #13-015
 PROTOCOL = 50_000  # images of the published figures
+PARTS = 10         # of the sample, for the Inception score
 
 
 def _bias(n, F, line):
     "Why the FID of few images is too high, and by how much."
     if n <= F:
-        return (f"the covariance of {n} images in {F} dimensions is singular, so this FID measures the sample's "
-                f"size first; expected more than {2 * F} images")
+        return (f"the covariance of {n} images in {F} dimensions is singular, so this FID measures the "
+                f"sample's size first; expected more than {2 * F} images")
     if line is None: return f"too few to tell by how much with {F} features; expected more than {4 * F}"
     fitted = ", ".join(f"{m:.0f}: {v:.4g}" for m, v in line["points"])
     return (f"by about {line['fid'] - line['infinity']:.3g}: extrapolated to infinitely many images it is "
@@ -155,9 +156,6 @@ def small_sample(
     return said
 
 # %% ../nbs/13b_fidelity.ipynb #13-018
-PARTS = 10  # of the sample, for the Inception score
-
-
 def inception_score(
     logits: Tensor,       # [n, C], n >= splits
     splits: int = PARTS,  # parts over which mean and standard deviation are taken
@@ -230,7 +228,7 @@ def _check_sizes(images, reference, net):
     have = net(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))["features"].shape[1]
     want = len(reference.stats["mu"]) if reference.stats else have
     if have != want:
-        raise BadInput(f"reference statistics of {want} features; expected {have}, as extractor {net.name} has")
+        raise BadInput(f"reference statistics of {want} features; expected {have}, those of {net.name}")
     m = reference.images.n if reference.images else 0
     features = 20 * have * (images.n + m)                   # in float32, in float64, and a copy
     distances = 16e3 * max(images.n, m) if m else 0         # of 2000 images to all others

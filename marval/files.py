@@ -47,7 +47,9 @@ _TEMP = re.compile(r"\.marval-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{16}\.t
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
-def _refuse_special(path):
+def refuse_special(
+    path: Path | str,  # where a file is to be written
+) -> None:
     "Raise `BadInput` where a name belongs to something that is no regular file."
     try: mode = os.lstat(path).st_mode
     except (FileNotFoundError, NotADirectoryError): return
@@ -90,14 +92,14 @@ def atomic_write(
     (disk full, no permission, no such folder), and where the name belongs to no regular file."""
     path = Path(path)
     with writing(path):
-        _refuse_special(path)
+        refuse_special(path)
         _sweep(path.parent)
         temp = _new_temp(path)
         try:
             writer(temp)
             temp.chmod(0o666 & ~_umask())           # some writers make files that nobody else may read
             _fsync(temp, os.O_RDWR)
-            _refuse_special(path)
+            refuse_special(path)
             os.replace(temp, path)
             _fsync(path.parent, os.O_RDONLY)
         finally:
