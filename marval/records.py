@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Count', 'Steps', 'Guidance', 'Seconds', 'SCALES', 'QUALITY', 'SCORES', 'TIME', 'Source', 'Against', 'Named', 'Sized',
            'Score', 'Timed', 'Evaluation', 'OfModel', 'Run', 'Baseline', 'Baselines', 'Way', 'Cell', 'Machine',
-           'Sampling', 'Measured', 'model_name', 'read_results']
+           'Sampling', 'Measures', 'OfDigits', 'Change', 'DigitsRun', 'Measured', 'model_name', 'read_results']
 
 # %% ../nbs/13c_records.ipynb #records-003
 import json
@@ -181,6 +181,58 @@ class Sampling:
     "A result of bench/sampling.py."
     provenance: Machine
     cells: dict[Text, Cell]
+
+# %% ../nbs/13c_records.ipynb #records-008c
+@dataclass(frozen=True)
+class Measures:
+    "What a set of digits is measured by."
+    fd: Finite
+    kid: Finite
+    precision: Finite
+    recall: Finite
+    accuracy: Finite
+    coverage: Finite
+    diversity: Finite
+    reward: Finite
+    heldout_reward: Finite
+
+
+@dataclass(frozen=True)
+class OfDigits(Measures):
+    "The same of a model, and its times: batch size -> seconds."
+    seconds_per_image: dict[Literal["1", "64"], Seconds]
+    seconds_per_image_fast: dict[Literal["1", "64"], Seconds] = field(default_factory=dict)
+
+# %% ../nbs/13c_records.ipynb #records-008d
+@dataclass(frozen=True)
+class Change:
+    "Of a reward, by RL."
+    before: Finite
+    after: Finite
+
+
+@dataclass(frozen=True)
+class DigitsRun:
+    "metrics.json of a run on digits."
+    device: Text
+    torch: Text
+    commit: Text
+    seed: Annotated[int, Range(0, 2**63)]
+    scale: Text
+    K: Steps
+    cfg: Guidance
+    n: Count
+    teacher: OfDigits
+    one_step_init: OfDigits
+    student: OfDigits
+    student_rl: OfDigits
+    real: Measures
+    speedup: dict[Literal["1", "64"], Seconds]
+    reward: Change
+    heldout_reward: Change
+    speedup_fast: dict[Literal["1", "64"], Seconds] = field(default_factory=dict)
+    seconds: dict[Text, Finite] = field(default_factory=dict)       # stage -> what it took
+    chain_steps: Steps = 0
 
 # %% ../nbs/13c_records.ipynb #records-010
 SCALES = dict(base="B", large="L", huge="H")
