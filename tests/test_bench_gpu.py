@@ -54,7 +54,7 @@ def records(tmp_path):
 
 
 def test_trial(gpu, command, tmp_path):
-    first = command("--tiny", "--minutes", "4")
+    first = command("--tiny", "--minutes", "30")
     assert first.returncode == 0, first.stderr
     found = records(tmp_path)
     assert set(found) == set(gpu.ITEMS)
@@ -67,11 +67,11 @@ def test_trial(gpu, command, tmp_path):
         if name in said: assert r["result"] and {"dtype", "batch", "K"} <= set(r), name
     assert found["parity"]["result"]["passed"]
     left = {name: r for name, r in found.items() if r["state"] == "done"}
-    again = command("--tiny", "--minutes", "4")
+    again = command("--tiny", "--minutes", "30")
     assert again.returncode == 0 and {n: r for n, r in records(tmp_path).items() if n in left} == left
     for name in left: assert f"{name}: stored already" in again.stdout
     assert "ended by SIGKILL" in again.stdout and "Traceback" not in again.stderr
-    redone = command("--tiny", "--minutes", "4", "--only", "parity", "sampling-large", "--redo", "parity")
+    redone = command("--tiny", "--minutes", "30", "--only", "parity", "sampling-large", "--redo", "parity")
     assert "parity: done" in redone.stdout and "sampling-large: stored already" in redone.stdout
     late = command("--tiny", "--minutes", "0.01", "--only", "parity", "--redo", "parity")
     assert late.returncode == 0 and "parity: left out" in late.stdout
