@@ -1,7 +1,9 @@
 "What the benchmarks share: their command line, their result files, who measured what, the clock."
 import argparse
 import math
+import os
 import re
+import shutil
 import sys
 import time
 from dataclasses import replace
@@ -134,6 +136,18 @@ def plain(x):
 def keep(path: Path, result: dict) -> None:
     "Write a result, atomically."
     write_json(path, plain(result))
+
+
+def bring(source: Path, folder: Path, *products: str) -> None:
+    "Copy products of a run folder into another, each whole or not at all. `BadInput` where one is missing."
+    out_folder(folder)
+    for name in products:
+        if (folder/name).exists(): continue
+        if not (source/name).exists(): raise BadInput(f"{source} has no {name}; expected a run of the digits")
+        temp = folder/f".{name}.tmp"
+        if temp.is_dir(): shutil.rmtree(temp)
+        (shutil.copytree if (source/name).is_dir() else shutil.copy)(source/name, temp)
+        os.replace(temp, folder/name)
 
 
 # ---- who measured what

@@ -1,77 +1,123 @@
-"""RL on digits under a guard, and picking the best of N beside it: the curves and the table of nbs/10b_guards.ipynb.
+"""RL on digits under a guard, and picking the best of N beside it: the curves and the table of
+nbs/10b_guards.ipynb.
 
-Starts from the student and the judges of a finished run of the digits. Three stages of RL, all settings the preset's but for what a name says: with the anchor, without it, and without it under a guard. All are measured every
-five steps, with the held-out judge watching. Then the student draws N candidates for each of 500 labels, and the best are measured as the others are. Each RL is a run folder of the pipeline: the script can be stopped and started again.
+Starts from the student and the judges of a finished run of the digits. Three stages of RL, all settings
+the preset's but for what a name says: with the anchor, without it, and without it under a guard. All are
+measured every five steps, with the held-out judge watching. Then the student draws N candidates for each
+of 500 labels, and the best are measured as the others are. Each RL is a run folder of the pipeline: the
+script can be stopped and started again.
 
-    python bench/rl_guards.py --from reference/digits --out runs/guards      # some minutes on one core -> bench/results/rl_guards.json
+examples:
+    python bench/rl_guards.py --from reference/digits --out runs/guards   # some minutes on one core
+    python bench/rl_guards.py --from RUN --out /tmp/g --results /tmp/g.json --scale smoke --labels 40
 """
-import argparse
-import shutil
+import sys
 from pathlib import Path
 
 import torch
+from common import (RESULTS, BadInput, adapted, bring, entry_point, facts, folder, keep, out_file,
+                    out_folder, parser, whole)
 
-from marval.config import override, preset
+from marval.config import preset
 from marval.data import load_digits_data
 from marval.diffusion import Schedule
-from marval.evaluate import measure, run_provenance
+from marval.evaluate import measure
 from marval.fast import FastSampler
-from marval.files import read_json, write_json
+from marval.files import read_json
 from marval.guards import best_of_kl, best_of_n, expected_best, samples_for
+from marval.journal import read_log
 from marval.mar import load_weights
+from marval.outcome import draw_images
 from marval.pipeline import run
 from marval.rewards import load_judges, make_reward
 from marval.sampling import OneStep
-from marval.outcome import draw_images
-from marval.journal import read_log
 
-RUNS = {"anchor (default)": [], "no anchor": ["rl.anchor=0"], "no anchor, guarded": ["rl.anchor=0", "rl.guard=diversity 0.1"]}
-COMMON = ["rl.metric_every=5", "rl.watch=heldout"]
+RUNS = {"anchor (default)": {}, "no anchor": {"rl.anchor": 0.},
+        "no anchor, guarded": {"rl.anchor": 0., "rl.guard": "diversity 0.1"}}
+COMMON = {"rl.metric_every": 5, "rl.watch": "heldout"}
 BEST_OF = (1, 2, 4, 8, 16)
-RESULTS = Path(__file__).parent/"results"/"rl_guards.json"
 
 
-def train(name: str, source: Path, out: Path, seed: int) -> tuple[Path, dict]:
+def train(name: str, cfg, source: Path, out: Path) -> tuple[Path, dict]:
     "A run folder with RL done, and what its log and its end say."
-    folder = out/name.replace(" ", "-").replace(",", "").replace("(", "").replace(")", "")
-    if not folder.exists():
-        folder.mkdir(parents=True)
-        shutil.copy(source/"student.safetensors", folder)
-        shutil.copytree(source/"judges", folder/"judges")
-    cfg = override(preset("digits", seed), [*COMMON, *RUNS[name]])
-    run(cfg, ("rl",), folder)
-    curves = [{k: v for k, v in r.items() if k != "seconds"} for r in read_log(folder/"state"/"rl") if "score" in r]
-    stopped = read_json(folder/"state"/"rl"/"done.json").get("stopped", "")
+    here = out/name.replace(" ", "-").replace(",", "").replace("(", "").replace(")", "")
+    bring(source, here, "student.safetensors", "judges")
+    own = COMMON | RUNS[name]
+    run(adapted(cfg, own), ("rl",), here)
+    rows = [r for r in read_log(here/"state"/"rl") if "score" in r]
+    curves = [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
+    stopped = read_json(here/"state"/"rl"/"done.json").get("stopped", "")
     kept = int(stopped.rpartition("step ")[2]) if stopped else curves[-1]["step"]
-    return folder, dict(settings=[*COMMON, *RUNS[name]], curves=curves, stopped=stopped, kept=kept)
+    settings = [f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in own.items()]
+    return here, dict(settings=settings, curves=curves, stopped=stopped, kept=kept)
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--from", dest="source", type=Path, required=True, help="run folder of the digits, with student.safetensors and judges")
-    p.add_argument("--out", type=Path, required=True, help="where the runs go")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--labels", type=int, default=500, help="labels of the best of N")
-    args = p.parse_args()
+class Study:
+    "What all parts share: student, judges, the way to draw and to measure."
+    def __init__(self, args):
+        self.args, self.cfg = args, preset(args.scale, args.seed)
+        self.source, self.judges = args.source, load_judges(args.source/"judges")
+        self.real = load_digits_data()
+        self.draw = OneStep(Schedule.cosine(), self.cfg.sampling.entry_abar)
+        self.reward = make_reward(self.cfg.rl.reward, self.judges, self.cfg)
+        self.labels, self.few = torch.arange(self.cfg.evaluate.n) % 10, torch.arange(args.labels) % 10
+
+    def figures(self, images, labels): return measure(images, labels, self.judges, *self.real)
+
+    def trained(self) -> dict:
+        "The three stages of RL, and how each ends."
+        runs = {}
+        for name in RUNS:
+            here, found = train(name, self.cfg, self.source, self.args.out)
+            policy = load_weights(here/"student_rl.safetensors")
+            images = draw_images(self.cfg, policy, self.draw, self.labels)
+            final, few = self.figures(images, self.labels), self.figures(images[:len(self.few)], self.few)
+            runs[name] = found | dict(final=final, few=few)
+            print(name, found["stopped"], {k: round(v, 3) for k, v in final.items()}, flush=True)
+        return runs
+
+    def picked(self):
+        "The best of N, for every N, and the scores of all candidates."
+        student = load_weights(self.source/"student.safetensors")
+        sampler, candidates, picked = FastSampler(student, self.draw, self.cfg.sampling.K), [], {}
+        for j in range(max(BEST_OF)):
+            other = preset(self.args.scale, self.args.seed + 1000 * j)
+            candidates.append(draw_images(other, student, self.draw, self.few, sampler=sampler))
+        for n in BEST_OF:
+            best, scores = best_of_n(lambda _, j: candidates[j], self.reward, self.few, n)
+            picked[n] = self.figures(best, self.few) | dict(kl=best_of_kl(n))
+            print(f"best of {n}", {k: round(v, 3) for k, v in picked[n].items()}, flush=True)
+        return picked, scores
+
+
+def arguments(argv):
+    p = parser(__doc__)
+    p.add_argument("--from", dest="source", type=folder, required=True, metavar="RUN",
+                   help="run folder of the digits, with student.safetensors and judges")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the runs go")
+    p.add_argument("--results", type=Path, default=RESULTS/"rl_guards.json", metavar="FILE")
+    p.add_argument("--scale", choices=("digits", "smoke"), default="digits", help="of the run given")
+    p.add_argument("--seed", type=whole(0, 2**31), default=0)
+    p.add_argument("--labels", type=whole(20, 100_000), default=500, help="labels of the best of N")
+    return p.parse_args(argv)
+
+
+@entry_point
+def main(argv) -> int:
+    args = arguments(argv)
     torch.set_num_threads(1)
-    cfg, (real, real_labels), judges = preset("digits", args.seed), load_digits_data(), load_judges(args.source/"judges")
-    draw, reward = OneStep(Schedule.cosine(), cfg.sampling.entry_abar), make_reward(cfg.rl.reward, judges, cfg)
-    figures = lambda x, y: measure(x, y, judges, real, real_labels)
-    labels, few, runs, picked = torch.arange(cfg.evaluate.n) % 10, torch.arange(args.labels) % 10, {}, {}
-    for name in RUNS:
-        folder, runs[name] = train(name, args.source, args.out, args.seed)
-        images = draw_images(cfg, load_weights(folder/"student_rl.safetensors"), draw, labels)
-        runs[name] |= dict(final=figures(images, labels), few=figures(images[:args.labels], few))
-        print(name, runs[name]["stopped"], {k: round(v, 3) for k, v in runs[name]["final"].items()}, flush=True)
-    student = load_weights(args.source/"student.safetensors")
-    sampler = FastSampler(student, draw, cfg.sampling.K)
-    candidates = [draw_images(override(cfg, [f"seed={args.seed + 1000 * j}"]), student, draw, few, sampler=sampler) for j in range(max(BEST_OF))]
-    for n in BEST_OF:
-        best, scores = best_of_n(lambda _, j: candidates[j], reward, few, n)
-        picked[n] = figures(best, few) | dict(kl=best_of_kl(n))
-        print(f"best of {n}", {k: round(v, 3) for k, v in picked[n].items()}, flush=True)
+    n = preset(args.scale).evaluate.n
+    if args.labels > n: raise BadInput(f"--labels {args.labels}: expected at most {n}, as are measured")
+    out_folder(args.out)
+    out_file(args.results)
+    study = Study(args)
+    runs = study.trained()
+    picked, scores = study.picked()
     for name in RUNS: runs[name]["samples"] = samples_for(scores, runs[name]["few"]["reward"])
-    write_json(RESULTS, run_provenance() | dict(seed=args.seed, n=len(labels), labels=len(few), runs=runs, best_of=picked, expected=[expected_best(scores, m).mean().item() for m in range(1, len(scores) + 1)]))
+    expected = [expected_best(scores, m).mean().item() for m in range(1, len(scores) + 1)]
+    keep(args.results, facts() | dict(seed=args.seed, n=len(study.labels), labels=len(study.few), runs=runs,
+                                      best_of=picked, expected=expected))
+    return 0
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__": sys.exit(main())
