@@ -101,6 +101,7 @@ def out_file(path: Path) -> Path:
     "A file that can be written: its folder is made. `BadInput` where that, or the name, is no good."
     path = Path(path)
     try:
+        if "\0" in str(path): raise BadInput(f"--out {one_line(path)}: not a name of a file")
         if path.name in ("", "..") or path.is_dir(): raise BadInput(f"--out {path}: a folder, not a file")
         if path.exists() and not path.is_file(): raise BadInput(f"--out {path}: no regular file")
         out_folder(path.parent)

@@ -168,6 +168,7 @@ def merge(out: Path, results: Path):
     found = {p.parent.name.removeprefix("seed"): read_json(p) for p in sorted(out.glob("seed*/results.json"))}
     if not found: raise BadInput(f"--out {out}: no seed*/results.json in it; expected a folder of this study")
     c = preset("digits")
+    stored(results, seeds=dict, timing=dict)                            # nothing else is replaced
     keep(results, {"provenance": facts(), "n": c.evaluate.n, "t_guide": c.distill.t_guide, "seeds": found,
                    "timing": read_json(out/"timing.json")})
     print(results)

@@ -21,8 +21,8 @@ from dataclasses import replace
 from unittest.mock import patch
 
 import torch
-from common import (DTYPES, SCALES, adapted, clock, device_arguments, entry_point, facts, keep, parser,
-                    settle, stored, wait, whole)
+from common import (DTYPES, SCALES, adapted, clock, device_arguments, entry_point, facts, keep, out_file,
+                    parser, settle, stored, wait, whole)
 from memory import known_answer, peak, stored_bytes
 from torch.profiler import ProfilerActivity, profile
 
@@ -233,6 +233,7 @@ def arguments(argv=None):
     p.add_argument("--profile", metavar="FILE", help="write a Chrome trace of one step of each")
     args = p.parse_args(argv)
     gpu = settle(args, "distill")
+    if args.profile: args.profile = str(out_file(args.profile))
     args.batch = args.batch or (32 if gpu else 2)
     args.precision = args.precision or ("bf16" if gpu else "fp32")
     args.repeats = args.repeats or (5 if gpu else 1)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from common import (RESULTS, BadInput, adapted, bring, entry_point, facts, folder, keep, out_file,
-                    out_folder, parser, whole)
+                    out_folder, parser, stored, whole)
 
 from marval.config import preset
 from marval.data import load_digits_data
@@ -109,7 +109,7 @@ def main(argv) -> int:
     n = preset(args.scale).evaluate.n
     if args.labels > n: raise BadInput(f"--labels {args.labels}: expected at most {n}, as are measured")
     out_folder(args.out)
-    out_file(args.results)
+    stored(out_file(args.results), runs=dict, best_of=dict)         # nothing else is replaced
     study = Study(args)
     runs = study.trained()
     picked, scores = study.picked()

@@ -25,7 +25,7 @@ from itertools import product
 
 import torch
 from common import (DTYPES, SCALES, BadInput, clock, device_arguments, entry_point, facts, keep, number,
-                    parser, settle, stored, wait, whole)
+                    out_file, parser, settle, stored, wait, whole)
 
 from marval.config import preset
 from marval.cost import Phase, flop_counter, least_time, phases, total
@@ -299,6 +299,7 @@ def settled(args):
     if args.tiny and not args.out: raise BadInput("--tiny: expected --out, to replace no real result")
     if args.tiny: args.chain_steps = 3
     gpu = settle(args, "sampling")
+    if args.profile: out_file(f"{args.profile}-trace.json")
     if args.decode is None: args.decode = gpu
     fast = args.dtype or (["bf16"] if gpu else ["fp32"])
     ways = ["fast"] + ["fast compile"] * args.compile + ["fast no graph"] * args.no_graph

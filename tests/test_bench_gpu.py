@@ -102,7 +102,8 @@ def test_other_code_or_device(gpu, tmp_path):
 def test_graph_tests_without_pytest():
     "The file of tests can be imported where pytest is missing, and its tests called."
     code = (f"import sys; sys.path.insert(0, {str(ROOT/'bench')!r}); import gpu; "
-            "gpu.has = lambda name: False; t = gpu.fast_tests(); t.test_equal(t.net(), 'one step'); print(t.test_graph.__name__)")
+            "gpu.has = lambda name: False; t = gpu.fast_tests(); "
+            "t.test_equal(t.net(), 'one step'); print(t.test_graph.__name__)")
     argv = [sys.executable, "-c", code]
     done = subprocess.run(argv, capture_output=True, text=True, env=environment(), timeout=120)
     assert done.stdout.strip() == "test_graph", done.stderr
