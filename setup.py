@@ -13,7 +13,7 @@ status = {"1": "1 - Planning", "2": "2 - Pre-Alpha", "3": "3 - Alpha", "4": "4 -
 oldest = int(cfg["min_python"].split(".")[1])
 classifiers = [f"Development Status :: {status}", f"Intended Audience :: {cfg['audience']}", f"Natural Language :: {cfg['language']}",
                "Topic :: Scientific/Engineering :: Artificial Intelligence",
-               "Programming Language :: Python :: 3", *(f"Programming Language :: Python :: 3.{minor}" for minor in range(oldest, 13))]
+               "Programming Language :: Python :: 3", *(f"Programming Language :: Python :: 3.{minor}" for minor in range(oldest, 14))]
 
 setup(
     name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], keywords=cfg["keywords"].split(),

@@ -67,6 +67,13 @@ def digests(out: Path, names=WEIGHTS) -> dict: return {name: hashlib.sha256((out
 def contents(folder: Path) -> dict: return {p.relative_to(folder): (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    "As many threads here as in the processes that tests start: another number rounds sums differently."
+    import torch
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def launch():
     "slurm/launch.py as a module."
