@@ -105,7 +105,7 @@ def free_ports(n):
 def cluster():
     "A cluster of one node."
     missing = [name for name in PROGRAMS if not shutil.which(name, path=PATH)]
-    if missing: pytest.skip(f"no {missing[0]} here; a real Slurm takes Debian's packages slurm-wlm and munge")
+    if missing: pytest.skip(f"no {missing[0]} here; to run the tests on a real Slurm: apt-get install slurm-wlm munge")
     folder = Path(tempfile.mkdtemp(prefix="marval-slurm-"))
     folder.chmod(0o755)
     conf, key, daemons = folder / "slurm.conf", folder / "munge.key", []
