@@ -268,7 +268,7 @@ pipeline.run(override(cfg, ["compute.sharding=fsdp"]), ("teacher",), out.with_na
     assert (tmp_path / "run" / "teacher.safetensors").exists() and (tmp_path / "run" / "state" / "teacher" / "done.json").exists()
     from marval.mar import load_weights
     whole, shared = (load_weights(tmp_path / name / "teacher.safetensors").state_dict() for name in ("run", "sharded"))
-    assert whole.keys() == shared.keys() and max(float((v - shared[k]).abs().max()) for k, v in whole.items()) < 1e-5
+    assert whole.keys() == shared.keys() and max(float((v - shared[k]).abs().max()) for k, v in whole.items()) < 1e-4
 
 
 if __name__ == "__main__": work(json.loads(sys.argv[1]))

@@ -139,7 +139,7 @@ def test_jobs_run_fail_and_are_skipped(cluster, tmp_path):
 def test_preempted_job_is_queued_again(cluster, tmp_path):
     "USR2 in the middle: submitit calls checkpoint() and scontrol; the job that Slurm then starts again ends with the same bits."
     env, book = cluster
-    out, here, cfg = tmp_path / "run", tmp_path / "here", ["teacher.iterations=60", "log.sample_every=60"]
+    out, here, cfg = tmp_path / "run", tmp_path / "here", ["teacher.iterations=600", "log.sample_every=600"]
     assert launch(env, "--scale", "smoke", "--stage", "teacher", "--out", out, "--set", *cfg).returncode == 0
     first = job(env, book, 101, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     checkpoint = out / "state" / "teacher" / "checkpoint.pt"
