@@ -110,8 +110,7 @@ class Contestant:
             return self.decode(unpatchify(tokens, self.model.cfg.patch_size)) if self.decode else tokens
 
     def sampler(self, decode, headless=False):
-        graph = None if self.path == "fast" else False
-        if self.path == "fast compile": graph = self.cell.device == "cuda"
+        graph = self.cell.device == "cuda" and self.path != "fast no graph"   # of the chain, too: at its best
         fast = FastSampler(self.model, self.draw, self.cell.K, self.cfg, dtype=DTYPES[self.dtype],
                            decode=decode, compile=self.path == "fast compile", graph=graph)
         if headless: fast.head = Skip(fast.head)
