@@ -8,164 +8,326 @@ __all__ = ['Sampler', 'load', 'sample_cli', 'export_cli']
 # %% ../nbs/15_cli.ipynb #15-003
 import argparse
 import math
-import sys
+import re
 from pathlib import Path
+from typing import Annotated, Literal, get_type_hints
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .config import BadInput, from_dict, override
+from .border import BadInput, Parser, Range, checked, entry_point, fits, given, one_line
+from .config import SamplingConfig, from_dict, override
 from .data import to_images
 from .diffusion import Schedule
-from .files import read_json
-from .guards import best_of_n
-from .mar import load_weights, read_meta, unpatchify
-from .official import load_official, save_official
 from .fast import FastSampler
-from .sampling import OneStep, TeacherChain
-from .stages import road
+from .files import check_writable, read_json
+from .guards import best_of_n
 from .journal import image_grid, save_png
+from .mar import _file_name, _is_network, _shape, load_weights, read_meta, unpatchify, weights_meta
+from .official import load_official, save_official
+from .sampling import OneStep, TeacherChain, reveal_counts
+from .stages import road
 from .train import step_seed
+
+# %% ../nbs/15_cli.ipynb #15-005c
+_KINDS = get_type_hints(SamplingConfig, include_extras=True)
+_Seed = Annotated[int, Range(0, 2**63 - 1)]
+_WHOLE = torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
+
+
+def _asked(kind, value, name):
+    "One number from a caller, numpy's included."
+    return checked(kind, value.item() if isinstance(value, np.generic) else value, name)
+
+
+def _length(labels):
+    "How many labels there are; 0 for what has no length."
+    try: return len(labels)
+    except TypeError: return 0
+    except OverflowError: return math.inf
+
+
+def _classes(labels, class_num):
+    "Labels as a tensor, whose range `FastSampler` checks. Raises `BadInput` on anything but whole numbers."
+    if isinstance(labels, np.ndarray):
+        if labels.dtype.kind not in "iu":
+            raise BadInput(f"labels of type {labels.dtype}: expected whole numbers")
+        labels = torch.from_numpy(labels.astype(np.int64))
+    if isinstance(labels, Tensor):
+        if labels.dtype not in _WHOLE or labels.dim() != 1 or labels.is_meta:
+            raise BadInput(f"labels: {_shape(labels)}; expected a list of whole numbers")
+        return labels.long()
+    if not isinstance(labels, (list, tuple, range)) or not labels:
+        raise BadInput(f"labels={given(labels)}: expected a list of whole numbers")
+    kind = Annotated[int, Range(0, class_num)]
+    for label in labels:
+        if not fits(kind, label):
+            expected = f"expected 0 to {class_num - 1}, or {class_num} for no class"
+            raise BadInput(f"label {given(label)}: {expected}")
+    return torch.tensor(list(map(int, labels)))
+
+# %% ../nbs/15_cli.ipynb #15-005d
+_SPARE = 2**28  # bytes that libraries keep for themselves
+
+
+def _free_memory(device):
+    "Bytes that can still be had, as far as the system tells."
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    found = [math.inf]
+    try: found.append(1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1]))
+    except (OSError, TypeError): pass
+    try:  # what a container may use
+        limit, used = (int(Path("/sys/fs/cgroup", f"memory.{x}").read_text()) for x in ("max", "current"))
+        found.append(limit - used)
+    except (OSError, ValueError): pass
+    return min(found)
+
+
+def _memory(m, counts, steps, guided):
+    "Roughly the bytes that drawing an image takes at its peak."
+    halves, n, item = 1 + guided, max(counts), 4
+    transformer = halves * (m.seq_len + m.buffer_size) * m.width * (9 + 2 * m.mlp_ratio)
+    head = halves * n * m.head_width * (3 * m.head_depth + 10)
+    noise = (1 + steps) * (m.seq_len + n) * m.token_dim
+    picture = 6 * 3 * max(m.img_size, 32) ** 2
+    return item * (max(transformer, head) + noise + picture)
 
 # %% ../nbs/15_cli.ipynb #15-006
 class Sampler:
     "A network with all that is needed to draw from it; `load` makes one."
-    def __init__(self, model,       # a MAR, in evaluation mode
-                 meta: dict[str, str], # what was saved with it: stage, K, reveal, cfg, cfg_schedule, chain_steps, temperature, clip, entry_abar, latent_scale
-                 vae=None,       # a KL16, where the tokens are latents
-                 ):
-        "Raises `BadInput` for latents without their tokenizer, or with one of another size."
+
+    def __init__(
+        self,
+        model,                 # a MAR, in evaluation mode
+        meta: dict[str, str],  # what was saved with it, as `mar.read_meta` gives it
+        vae=None,              # a KL16, where the tokens are latents
+    ):
+        """Raises `BadInput` for latents without their tokenizer, or with one of another size, and for texts
+        that `WeightsMeta` does not accept."""
+        _is_network(model)
         m = model.cfg
-        if m.vae_stride > 1 and vae is None: raise BadInput(f"weights for latents of a tokenizer with stride {m.vae_stride}: expected vae (--vae), the file of its weights")
+        if m.vae_stride > 1 and vae is None:
+            what = f"weights for latents of a tokenizer with stride {m.vae_stride}"
+            raise BadInput(f"{what}: expected vae (--vae), the file of its weights")
+        if vae is not None and not hasattr(vae, "decode"):
+            raise BadInput(f"vae={given(vae)}: expected a tokenizer, as `load_vae` makes it")
         if vae is not None and (vae.stride, vae.channels) != (m.vae_stride, m.vae_embed_dim):
-            raise BadInput(f"a tokenizer with stride {vae.stride} and {vae.channels} channels; expected {m.vae_stride} and {m.vae_embed_dim}, as the weights have it")
-        self.model, self.meta, self.vae, self.device = model, meta, vae, model.mask_token.device
-        self.chain_steps = int(meta.get("chain_steps", 100)) if meta.get("stage") == "teacher" else 0
-        self.sched, self.fast = Schedule.cosine(device=self.device), {}
+            what = f"a tokenizer with stride {vae.stride} and {vae.channels} channels"
+            raise BadInput(f"{what}; expected {m.vae_stride} and {m.vae_embed_dim}, as the weights have it")
+        self.model, self.meta, self.vae = model, meta, vae
+        self.said = weights_meta(meta, m)
+        self.device = model.mask_token.device
+        self.chain_steps = self.said.chain_steps if self.said.stage == "teacher" else 0
+        self.sched = Schedule.cosine(device=self.device)
+        self.fast = {}
 
     @torch.no_grad()
-    def sample(self,
-               labels,             # classes, one per image: list or 1-D tensor of integers; class_num = no class
-               K: int = None,      # autoregressive steps, 1 to the number of tokens; None = as in training
-               cfg: float = None,  # guidance of the chain, 1 = none; None = as saved; a one-step generator has it in its weights
-               chain: int = None,  # inner steps of the chain, 0 = one step; None = what the weights are for
-               seed: int = 0,      # seed of orders and noise
-               reveal: str = None, # how many tokens at a time, a schedule of `sampling.reveal_counts`; None = as in training, MAR's cosine where the file doesn't say
-               ) -> Tensor:        # [B, C, H, W] images in [0, 1]
-        "Images of the given classes. Raises `BadInput` on a label, K, cfg or number of steps out of range, and on an unknown reveal schedule."
-        m, meta, steps = self.model.cfg, self.meta, self.chain_steps if chain is None else chain
-        if cfg is not None and not steps: raise BadInput(f"cfg={cfg}: a one-step generator has its guidance in its weights; expected a teacher, or no cfg")
-        try: labels = torch.as_tensor(labels, dtype=torch.long, device=self.device)
-        except (TypeError, ValueError, RuntimeError): raise BadInput(f"labels {labels!r}: expected integers from 0 to {m.class_num}") from None
-        key = steps, int(meta.get("K", m.seq_len)) if K is None else K, float(meta.get("cfg", 1)) if cfg is None else cfg, reveal or meta.get("reveal", "cosine")
-        if key not in self.fast: self.fast = {key: self._prepare(*key)}
-        tokens = self.fast[key].sample(labels, generator=torch.Generator(self.device).manual_seed(seed))
+    def sample(
+        self,
+        labels,              # classes, one per image: list or 1-D tensor of integers; class_num = no class
+        K: int = None,       # autoregressive steps, 1 to the number of tokens; None = as in training
+        cfg: float = None,   # guidance of the chain, 1 = none; None = as saved
+        chain: int = None,   # inner steps of the chain, 0 = one step; None = what the weights are for
+        seed: int = 0,       # seed of orders and noise
+        reveal: str = None,  # a schedule of `sampling.reveal_counts`; None = as in training
+    ) -> Tensor:             # [B, C, H, W] images in [0, 1]
+        """Images of the given classes. A one-step generator has its guidance in its weights.
+        Raises `BadInput` on arguments that are not accepted, and for more images than fit into memory."""
+        m, said = self.model.cfg, self.said
+        steps = self.chain_steps if chain is None else _asked(Annotated[int, Range(0, 1000)], chain, "chain")
+        if cfg is not None and not steps:
+            why = "a one-step generator has its guidance in its weights"
+            raise BadInput(f"cfg={given(cfg)}: {why}; expected a teacher, or no cfg")
+        cfg = said.cfg if cfg is None else _asked(_KINDS["cfg"], cfg, "cfg")
+        K = _asked(Annotated[int, Range(1, m.seq_len)], said.K if K is None else K, "K")
+        reveal = said.reveal if reveal is None else checked(_KINDS["reveal"], reveal, "reveal")
+        seed = _asked(_Seed, seed, "seed")
+        self._check_memory(_length(labels), K, cfg, steps, reveal)
+        labels = _classes(labels, m.class_num).to(self.device)
+        tokens = self._tokens(labels, (steps, K, cfg, reveal), seed)
         return self.decode(unpatchify(tokens, m.patch_size))
 
+    def _tokens(self, labels, key, seed):
+        "Tokens by the prepared sampler of these settings; the latest is kept."
+        if key not in self.fast: self.fast = {key: self._prepare(*key)}
+        generator = torch.Generator(self.device).manual_seed(seed)
+        try: return self.fast[key].sample(labels, generator=generator)
+        except (MemoryError, RuntimeError) as e:
+            if "memory" not in str(e): raise
+            raise BadInput(f"{len(labels)} images at once: out of memory; expected fewer") from e
+
     def _prepare(self, steps, K, cfg, reveal):
-        "A `FastSampler`; the latest is kept."
-        meta = self.meta
-        draw = TeacherChain(self.sched, steps, float(meta.get("temperature", 1)), float(meta.get("clip", 0))) if steps else OneStep(self.sched, float(meta.get("entry_abar", .15)))
-        return FastSampler(self.model, draw, K, cfg, meta.get("cfg_schedule", "constant"), reveal=reveal)
+        "A `FastSampler`."
+        said = self.said
+        if steps: draw = TeacherChain(self.sched, steps, said.temperature, said.clip)
+        else: draw = OneStep(self.sched, said.entry_abar)
+        return FastSampler(self.model, draw, K, cfg, said.cfg_schedule, reveal=reveal)
 
-    def decode(self, latents: Tensor, # [B, C, h, w]
-               ) -> Tensor:           # [B, 1 or 3, H, W] images in [0, 1]
+    def _check_memory(self, B, K, cfg, steps, reveal):
+        "Raise `BadInput` where B images at once are more than memory holds."
+        counts = reveal_counts(self.model.cfg.seq_len, K, reveal)
+        each = _memory(self.model.cfg, counts, steps, bool(steps) and cfg != 1)
+        free = max(0, _free_memory(self.device) - _SPARE)
+        if B * each <= free: return
+        need = f"{B} images at once take about {B * each / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+        raise BadInput(f"{need}; expected {int(free / each)} at most")
+
+    def decode(
+        self,
+        latents: Tensor,  # [B, C, h, w]
+    ) -> Tensor:          # [B, 1 or 3, H, W] images in [0, 1]
         r"$\frac12(D(z/s)+1)$ with the tokenizer, 16 images at a time; $\frac12(z+1)$ without."
+        m = self.model.cfg
+        side = m.img_size // m.vae_stride
+        fit = isinstance(latents, Tensor) and latents.is_floating_point() and latents.dim() == 4
+        if not fit or list(latents.shape[1:]) != [m.vae_embed_dim, side, side]:
+            raise BadInput(f"latents: {_shape(latents)}; expected [B, {m.vae_embed_dim}, {side}, {side}]")
         if self.vae is None: return to_images(latents)
-        return torch.cat([to_images(self.vae.decode(z)) for z in (latents / float(self.meta.get("latent_scale", 0.2325))).split(16)])
+        parts = (latents / self.said.latent_scale).split(16)
+        return torch.cat([to_images(self.vae.decode(z)) for z in parts])
 
-
-def load(path,           # *.safetensors, written by the pipeline, or MAR's public checkpoint (.pth), of which the running average is taken
-         device="cpu",   # where to work
-         vae=None,       # file of the tokenizer's weights, for weights that draw latents
-         ) -> Sampler:   # ready to draw
-    "A sampler from a file of weights. Raises `BadInput` on a missing, truncated or foreign file."
+# %% ../nbs/15_cli.ipynb #15-006b
+def load(
+    path,          # *.safetensors of the pipeline, or MAR's public checkpoint (.pth, its running average)
+    device="cpu",  # where to work
+    vae=None,      # file of the tokenizer's weights, for weights that draw latents
+) -> Sampler:      # ready to draw
+    "A sampler from a file of weights. Raises `BadInput` on a missing, truncated, damaged or foreign file."
     model, meta = _read(path, device)
     if vae is not None:
         from marval.vae import load_vae
-        vae = load_vae(vae, device)
+        vae = load_vae(_file_name(vae), device)
     return Sampler(model, meta, vae)
 
 
 def _read(path, device="cpu"):
-    "A network and what was saved with it. What a public checkpoint doesn't say is what MAR samples with: 64 steps, no guidance."
-    if Path(path).suffix == ".pth": return load_official(path, device=device), {"stage": "teacher", "K": "64"}
+    """A network and what was saved with it. What a public checkpoint doesn't say is what MAR samples with:
+    64 steps, no guidance."""
+    if _file_name(path).suffix == ".pth":
+        return load_official(path, device=device), {"stage": "teacher", "K": "64"}
     return load_weights(path, device), read_meta(path)
 
 # %% ../nbs/15_cli.ipynb #15-012
-class _Parser(argparse.ArgumentParser):
-    "An argument parser whose complaints are `BadInput`, one line like all others."
-    def error(self, message): raise BadInput(f"{message}; --help shows what is accepted")
+_Parser = Parser
+
+
+def _typed(kind):
+    "What argparse makes of one word: a value of a type, or a complaint in one line."
+    def read(text):
+        try: return checked(kind, text, lax=True)
+        except BadInput as e: raise argparse.ArgumentTypeError(str(e)) from None
+    return read
+
+
+_NAME = "marval-sample"
+_EXAMPLE = f"{_NAME} --weights reference/digits/student.safetensors --label 3 --n 16 --out grid.png"
+_MOST = 10**6  # images
 
 # %% ../nbs/15_cli.ipynb #15-013
 def _arguments(argv):
     "The command line of `marval-sample`."
-    p = _Parser(prog="marval-sample", description="Draw images from weights that a run has written.", allow_abbrev=False,
-                epilog="example: marval-sample --weights reference/digits/student.safetensors --label 3 --n 16 --out grid.png")
-    p.add_argument("--weights", required=True, metavar="FILE", help="*.safetensors of a run folder, or MAR's public checkpoint (.pth)")
-    p.add_argument("--vae", metavar="FILE", help="weights of the tokenizer, MAR's kl16.ckpt, for weights that draw latents")
-    p.add_argument("--device", default="auto", help="auto | cpu | cuda (default: auto, cuda where there is one)")
-    p.add_argument("--label", "--labels", dest="labels", type=int, nargs="+", required=True, metavar="CLASS", help="one or more classes")
-    p.add_argument("--n", type=int, default=8, help="images of each class (default: 8)")
-    p.add_argument("--out", required=True, metavar="FILE", help="a PNG; several classes: one row each")
-    p.add_argument("--K", type=int, help="autoregressive steps (default: as in training)")
-    p.add_argument("--reveal", metavar="SCHEDULE", help="how many tokens each step reveals: cosine | linear | square | cubic | arccos | root (default: as in training)")
-    p.add_argument("--cfg", type=float, help="guidance of the teacher's chain, 1 = none (default: as saved)")
-    p.add_argument("--teacher-chain", type=int, metavar="N", help="draw tokens by a chain of N steps (default: as the weights ask for: 100 for a teacher, none for a student)")
-    p.add_argument("--seed", type=int, default=0, help="seed of orders and noise (default: 0)")
-    p.add_argument("--best-of", type=int, default=1, metavar="N", help="draw N candidates for every image, keep the one that the run's reward likes best (default: 1)")
-    p.add_argument("--reward", metavar="FILE", help="with --best-of, on photographs: weights of the run's reward (default: as the run has them)")
+    p = Parser(prog=_NAME, description="Draw images from weights that a run has written.", allow_abbrev=False,
+               epilog=f"example: {_EXAMPLE}")
+    whole = lambda low, high: _typed(Annotated[int, Range(low, high)])
+    add = p.add_argument
+    add("--weights", required=True, metavar="FILE",
+        help="*.safetensors of a run folder, or MAR's public checkpoint (.pth)")
+    add("--vae", metavar="FILE",
+        help="weights of the tokenizer, MAR's kl16.ckpt, for weights that draw latents")
+    add("--device", default="auto", type=_typed(Literal["auto", "cpu", "cuda"]),
+        help="auto | cpu | cuda (default: auto, cuda where there is one)")
+    add("--label", "--labels", dest="labels", type=whole(0, 10**5), nargs="+", required=True, metavar="CLASS",
+        help="one or more classes")
+    add("--n", type=whole(1, _MOST), default=8, help="images of each class (default: 8)")
+    add("--out", required=True, metavar="FILE", help="a PNG; several classes: one row each")
+    add("--K", type=whole(1, 65536), help="autoregressive steps (default: as in training)")
+    add("--reveal", metavar="SCHEDULE", type=_typed(_KINDS["reveal"]),
+        help="how many tokens each step reveals: cosine | linear | square | cubic | arccos | root "
+             "(default: as in training)")
+    add("--cfg", type=_typed(_KINDS["cfg"]),
+        help="guidance of the teacher's chain, 1 = none (default: as saved)")
+    add("--teacher-chain", type=whole(2, 1000), metavar="N",
+        help="draw tokens by a chain of N steps (default: as the weights ask for: 100 for a teacher, none "
+             "for a student)")
+    add("--seed", type=_typed(_Seed), default=0, help="seed of orders and noise (default: 0)")
+    add("--best-of", type=whole(1, 4096), default=1, metavar="N",
+        help="draw N candidates for every image, keep the one that the run's reward likes best (default: 1)")
+    add("--reward", metavar="FILE",
+        help="with --best-of, on photographs: weights of the run's reward (default: as the run has them)")
+    add("--debug", action="store_true", help="show the traceback of an unexpected error")
     return p.parse_args(argv)
 
-
+# %% ../nbs/15_cli.ipynb #15-013b
 def _reward(args, classes, device):
-    "The reward of the run folder that the weights lie in. Raises `BadInput` where there is none, and for labels that it can't speak of."
-    folder = Path(args.weights).parent
-    if bad := [c for c in args.labels if not 0 <= c < classes]: raise BadInput(f"--best-of {args.best_of}, label {bad[0]}: no reward of it; expected classes, 0 to {classes - 1}")
-    if not (folder/"config.json").exists(): raise BadInput(f"--best-of {args.best_of}: no config.json beside {args.weights}, so no reward; expected weights in their run folder")
-    cfg = from_dict(read_json(folder/"config.json"))
-    if args.reward and cfg.data.name == "digits": raise BadInput(f"--reward {args.reward}: digits are judged by the networks in {folder/'judges'}; expected no file")
-    return road(override(cfg, [*([f"rl.reward_weights={args.reward}"] if args.reward else []), *([f"data.vae={args.vae}"] if args.vae else [])]), folder, device).reward()
+    """The reward of the run folder that the weights lie in. Raises `BadInput` where there is none, and for
+    labels that it can't speak of."""
+    folder, what = Path(args.weights).parent, f"--best-of {args.best_of}"
+    if bad := [c for c in args.labels if c >= classes]:
+        raise BadInput(f"{what}, label {bad[0]}: no reward of it; expected classes, 0 to {classes - 1}")
+    if not (folder/"config.json").exists():
+        why = f"no config.json beside {args.weights}, so no reward"
+        raise BadInput(f"{what}: {why}; expected weights in their run folder")
+    config = from_dict(read_json(folder/"config.json"))
+    if args.reward and config.data.name == "digits":
+        why = f"digits are judged by the networks in {folder/'judges'}"
+        raise BadInput(f"--reward {args.reward}: {why}; expected no file")
+    files = {"rl.reward_weights": args.reward, "data.vae": args.vae}
+    config = override(config, [f"{name}={file}" for name, file in files.items() if file])
+    return road(config, folder, device).reward()
 
 
-def sample_cli(argv=None,  # the words after the command's name; None = the process's own
-               ) -> int:   # exit status: 0 done, 2 bad input
+def _device(name):
+    "The device of an argument. Raises `BadInput` where there is none."
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise BadInput("--device cuda: there is no GPU here; expected auto or cpu")
+    return "cuda" if name != "cpu" and there else "cpu"
+
+# %% ../nbs/15_cli.ipynb #15-013c
+@entry_point
+def sample_cli(
+    argv=None,  # the words after the command's name; None = the process's own
+) -> int:       # exit status: 0 done, 2 bad input, 1 a mistake of ours, 130 interrupted
     "`marval-sample`: images of given classes as one PNG."
-    try:
-        args = _arguments(argv)
-        if args.n < 1: raise BadInput(f"--n {args.n}: expected at least 1")
-        if args.best_of < 1: raise BadInput(f"--best-of {args.best_of}: expected at least 1")
-        if args.best_of == 1 and args.reward: raise BadInput("--reward without --best-of: nothing asks for it; expected both, or neither")
-        if not 0 <= args.seed < 2**63: raise BadInput(f"--seed {args.seed}: expected 0 to 2^63 - 1")
-        if args.teacher_chain is not None and args.teacher_chain < 2: raise BadInput(f"--teacher-chain {args.teacher_chain}: expected 2 to 1000")
-        if args.device not in ("auto", "cpu", "cuda"): raise BadInput(f"--device {args.device!r}: expected auto, cpu or cuda")
-        if args.device == "cuda" and not torch.cuda.is_available(): raise BadInput("--device cuda: there is no GPU here; expected auto or cpu")
-        device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
-        labels = [label for label in args.labels for _ in range(args.n)]
-        sampler, seed = load(args.weights, device, args.vae), lambda j: step_seed(args.seed, "best-of", j) if j else args.seed
-        draw = lambda _, j: sampler.sample(labels, args.K, args.cfg, args.teacher_chain, seed(j), args.reveal)
-        images = best_of_n(draw, _reward(args, sampler.model.cfg.class_num, device), torch.tensor(labels, device=device), args.best_of)[0] if args.best_of > 1 else draw(None, 0)
-        save_png(args.out, image_grid(images, columns=args.n if len(args.labels) > 1 else math.ceil(math.sqrt(args.n))))
-    except BadInput as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    print(f"{len(images)} images in {args.out}")
+    args = _arguments(argv)
+    if args.best_of == 1 and args.reward:
+        raise BadInput("--reward without --best-of: nothing asks for it; expected both, or neither")
+    if args.n * len(args.labels) > _MOST:
+        raise BadInput(f"--n {args.n} of {len(args.labels)} classes: expected {_MOST} images at most")
+    device = _device(args.device)
+    check_writable(args.out)
+    labels = torch.tensor(args.labels).repeat_interleave(args.n)
+    sampler = load(args.weights, device, args.vae)
+    def draw(_, j):
+        seed = step_seed(args.seed, "best-of", j) if j else args.seed
+        return sampler.sample(labels, args.K, args.cfg, args.teacher_chain, seed, args.reveal)
+    if args.best_of > 1:
+        reward = _reward(args, sampler.model.cfg.class_num, device)
+        images, _ = best_of_n(draw, reward, labels.to(device), args.best_of)
+    else: images = draw(None, 0)
+    columns = args.n if len(args.labels) > 1 else math.ceil(math.sqrt(args.n))
+    save_png(args.out, image_grid(images, columns=columns))
+    print(f"{len(images)} images in {one_line(args.out)}", flush=True)
     return 0
 
 
-def export_cli(argv=None,  # the words after the command's name; None = the process's own
-               ) -> int:   # exit status: 0 done, 2 bad input
+@entry_point
+def export_cli(
+    argv=None,  # the words after the command's name; None = the process's own
+) -> int:       # exit status: 0 done, 2 bad input, 1 a mistake of ours, 130 interrupted
     "`marval-export`: a run's weights as a checkpoint in MAR's layout, both as `model` and as `model_ema`."
-    p = _Parser(prog="marval-export", description="Write a run's weights in MAR's public layout.", allow_abbrev=False,
-                epilog="example: marval-export --weights runs/base/teacher.safetensors --out checkpoint-last.pth")
+    p = Parser(prog="marval-export", description="Write a run's weights in MAR's public layout.",
+               allow_abbrev=False,
+               epilog="example: marval-export --weights runs/base/teacher.safetensors --out last.pth")
     p.add_argument("--weights", required=True, metavar="FILE", help="*.safetensors of a run folder")
     p.add_argument("--out", required=True, metavar="FILE", help="a .pth")
-    try:
-        args = p.parse_args(argv)
-        if Path(args.out).suffix != ".pth": raise BadInput(f"--out {args.out}: expected a name ending in .pth")
-        save_official(load_weights(args.weights), args.out)
-    except BadInput as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    print(args.out)
+    p.add_argument("--debug", action="store_true", help="show the traceback of an unexpected error")
+    args = p.parse_args(argv)
+    if Path(args.out).suffix != ".pth": raise BadInput(f"--out {args.out}: expected a name ending in .pth")
+    check_writable(args.out)
+    save_official(load_weights(args.weights), args.out)
+    print(one_line(args.out), flush=True)
     return 0
