@@ -129,8 +129,8 @@ def index_tree(
         classes = _folders(root)
         with ThreadPoolExecutor(16) as pool: names = list(pool.map(_image_names, [root/c for c in classes]))
     except OSError as e:
-        raise BadInput(f"cannot read {one_line(e.filename or root)}: {e.strerror}; {_LAYOUT}") from e
-    except ValueError as e: raise BadInput(f"cannot read {one_line(root)}: {e}; {_LAYOUT}") from e
+        raise BadInput(f"cannot read {one_line(e.filename or root, 300)}: {e.strerror}; {_LAYOUT}") from e
+    except ValueError as e: raise BadInput(f"cannot read {one_line(root, 300)}: {e}; {_LAYOUT}") from e
     if not classes: raise BadInput(f"{root} has no class folders; {_LAYOUT}")
     _check_names(root, classes)
     for c, found in zip(classes, names): _check_names(root/c, found)
