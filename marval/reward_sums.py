@@ -7,6 +7,7 @@ __all__ = ['WeightedSum', 'by_name', 'cached', 'on_disk', 'absolute_files', 'rew
            'make_score', 'make_text_reward']
 
 # %% ../nbs/09e_reward_sums.ipynb #09-003
+import os
 import re
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from .border import Text, checked, given, one_line
 from .config import BadInput, Config, reward_terms
+from .files import open_regular
 from .preferences import load_aesthetic, load_hpsv2
 from .rewards import prompts
 from .text_rewards import OfClasses, Score, TextScore, architecture, load_clip_score, load_pickscore
@@ -53,113 +56,176 @@ class WeightedSum(Score):
         return self.in_parts(images, encoded)[0]
 
 # %% ../nbs/09e_reward_sums.ipynb #09-010
-_HUB = {"pickscore": ("yuvalkirstain/PickScore_v1", "model.safetensors"), "clip": None, "hpsv2": ("xswu/HPSv2", "HPS_v2.1_compressed.pt"), "aesthetic": ("trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"),
-        "aesthetic.tower": ("openai/clip-vit-large-patch14", "model.safetensors"), "imagereward": ("zai-org/ImageReward", "ImageReward.pt")}
+_HUB = {
+    "pickscore": ("yuvalkirstain/PickScore_v1", "model.safetensors"),
+    "clip": None,
+    "hpsv2": ("xswu/HPSv2", "HPS_v2.1_compressed.pt"),
+    "aesthetic": ("trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"),
+    "aesthetic.tower": ("openai/clip-vit-large-patch14", "model.safetensors"),
+    "imagereward": ("zai-org/ImageReward", "ImageReward.pt"),
+}
 _MODELS = {"pickscore": "ViT-H-14", "clip": "ViT-H-14", "hpsv2": "ViT-H-14", "aesthetic": "ViT-L-14-quickgelu"}
 
 
-def by_name(text: str,   # VALUE, or NAME=VALUE,NAME=VALUE
-            field: str,  # which setting it is, for messages
-            ) -> dict[str, str]: # name: value; a bare value's name is ''
+def by_name(
+    text: str,        # VALUE, or NAME=VALUE,NAME=VALUE
+    field: str,       # which setting it is, for messages
+) -> dict[str, str]:  # name: value; a bare value's name is ''
     "Raises `BadInput` for a name that is unknown, twice there, or without a value."
-    if not re.match(rf"\s*({'|'.join(map(re.escape, _HUB))})\s*=", text): return {"": text} if text else {}
+    named = re.match(rf"\s*({'|'.join(map(re.escape, _HUB))})\s*=", text)
+    if not named: return {"": text} if text else {}
     out = {}
     for part in text.split(","):
         name, _, value = (s.strip() for s in part.partition("="))
-        if name not in _HUB or name in out or not value: raise BadInput(f"{field}={text!r}: {part.strip()!r} is not understood; expected NAME=VALUE,NAME=VALUE, each name once, of {', '.join(_HUB)}")
+        if name not in _HUB or name in out or not value:
+            raise BadInput(f"{field}={given(text)}: {given(part.strip())} is not understood; "
+                           f"expected NAME=VALUE,NAME=VALUE, each name once, of {', '.join(_HUB)}")
         out[name] = value
     return out
 
 
-def cached(repo: str,  # OWNER/REPO
-           file: str,  # its name there
-           ) -> str:   # path in Hugging Face's cache; '' = not there
+def cached(
+    repo: str,  # OWNER/REPO
+    file: str,  # its name there
+) -> str:       # path in Hugging Face's cache; '' = not there
     from huggingface_hub import try_to_load_from_cache
     try: found = try_to_load_from_cache(repo, file)
-    except ValueError: return ""  # no such name is possible
+    except (ValueError, OSError): return ""  # no such name is possible
     return found if isinstance(found, str) else ""
 
 
-def on_disk(path: str  # a file, or OWNER/REPO/FILE of the hub
-            ) -> str:  # the file, where the cache holds it; else the path as it is
+def on_disk(
+    path: str,  # a file, or OWNER/REPO/FILE of the hub
+) -> str:       # the file, where the cache holds it; else the path as it is
     owner, repo, file = (path.split("/", 2) + ["", ""])[:3]
-    return path if Path(path).exists() or not (owner and repo and file) else cached(f"{owner}/{repo}", file) or path
+    if os.path.exists(path) or not (owner and repo and file): return path
+    return cached(f"{owner}/{repo}", file) or path
 
 
-def absolute_files(text: str  # `rl.reward_weights` as typed
-                   ) -> str:  # the same, every path absolute; names of the hub stay
-    path = lambda p: found if (found := on_disk(p)) != p else str(Path(p).expanduser().absolute())
-    return ",".join(f"{name}={path(p)}" if name else path(p) for name, p in by_name(text, "--reward").items())
+def absolute_files(
+    text: str,  # `rl.reward_weights` as typed
+) -> str:       # the same, every path absolute; names of the hub stay
+    def path(p): return found if (found := on_disk(p)) != p else os.path.join(os.getcwd(), os.path.expanduser(p))
+    named = by_name(text, "--reward").items()
+    return ",".join(f"{name}={path(p)}" if name else path(p) for name, p in named)
+
+# %% ../nbs/09e_reward_sums.ipynb #09-010b
+def reward_files(
+    cfg: Config,      # `rl.reward` and `rl.reward_weights`
+) -> dict[str, str]:  # part: path of its weights
+    """Files of all parts, as given or as in Hugging Face's cache. Raises `BadInput` where there is none, or for which
+    there is no use."""
+    r, files = cfg.rl, by_name(cfg.rl.reward_weights, "rl.reward_weights")
+    terms = reward_terms(r.reward)
+    names = [name for t in terms for name in ([t, "aesthetic.tower"] if t == "aesthetic" else [t])]
+    if "" in files and len(terms) > 1:
+        raise BadInput(f"rl.reward_weights={given(r.reward_weights)}: one file for several rewards; "
+                       f"expected {','.join(f'{n}=FILE' for n in names)}")
+    if "" in files: files = {names[0]: files[""]}
+    if stray := [n for n in files if n not in names]:
+        raise BadInput(f"rl.reward_weights: a file for {stray[0]}, and rl.reward={given(r.reward)}; "
+                       f"expected files for {', '.join(names)}")
+    found = {n: on_disk(files[n]) if n in files else cached(*_HUB[n]) if _HUB.get(n) else "" for n in names}
+    for name in (n for n, path in found.items() if not path):
+        hub = _HUB.get(name)
+        fetch = f", or, once fetched by `hf download {' '.join(hub)}`, nothing" if hub else ""
+        raise BadInput(f"--reward is missing: scale {cfg.scale} needs the weights of {name} (rl.reward_weights); "
+                       f"expected their file{fetch}")
+    return found
 
 
-def reward_files(cfg: Config      # `rl.reward` and `rl.reward_weights`
-                 ) -> dict[str, str]: # part: path of its weights
-    "Files of all parts, as given or as in Hugging Face's cache. Raises `BadInput` where there is none, or for which there is no use."
-    r, given = cfg.rl, by_name(cfg.rl.reward_weights, "rl.reward_weights")
-    names = [name for term in reward_terms(r.reward) for name in ([term, "aesthetic.tower"] if term == "aesthetic" else [term])]
-    if "" in given and len(reward_terms(r.reward)) > 1: raise BadInput(f"rl.reward_weights={r.reward_weights!r}: one file for several rewards; expected {','.join(f'{n}=FILE' for n in names)}")
-    if "" in given: given = {names[0]: given[""]}
-    if stray := [n for n in given if n not in names]: raise BadInput(f"rl.reward_weights: a file for {stray[0]}, and rl.reward={r.reward!r}; expected files for {', '.join(names)}")
-    files = {n: on_disk(given[n]) if n in given else cached(*_HUB[n]) if _HUB.get(n) else "" for n in names}
-    for name in (n for n, path in files.items() if not path):
-        fetch = f", or, once fetched by `hf download {' '.join(_HUB[name])}`, nothing" if _HUB.get(name) else ""
-        raise BadInput(f"--reward is missing: scale {cfg.scale} needs the weights of {name} (rl.reward_weights); expected their file{fetch}")
-    return files
-
-
-def reward_models(cfg: Config         # `rl.reward` and `rl.reward_model`
-                  ) -> dict[str, str]: # part: architecture; ImageReward has none
+def reward_models(
+    cfg: Config,      # `rl.reward` and `rl.reward_model`
+) -> dict[str, str]:  # part: architecture; ImageReward has none
     "Which towers the parts have. Raises `BadInput` as `by_name` does."
-    given, terms = by_name(cfg.rl.reward_model, "rl.reward_model"), reward_terms(cfg.rl.reward)
-    bare = {n: given[""] for n in ("pickscore", "clip", "hpsv2") if "" in given}
-    return {n: m for n, m in (_MODELS | bare | given).items() if n in terms}
+    models, terms = by_name(cfg.rl.reward_model, "rl.reward_model"), reward_terms(cfg.rl.reward)
+    bare = {n: models[""] for n in ("pickscore", "clip", "hpsv2") if "" in models}
+    return {n: m for n, m in (_MODELS | bare | models).items() if n in terms}
 
 # %% ../nbs/09e_reward_sums.ipynb #09-015
-def prompt_templates(cfg: Config      # `rl.prompts`, or `rl.prompt` where that is empty
-                     ) -> list[str]:  # T templates
-    "Lines of the file but for blank ones and those that begin with #. Raises `BadInput` for a file that isn't there or holds no template, and for a line without its one `{}`."
-    if not (path := cfg.rl.prompts): return [cfg.rl.prompt]
-    try: lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as e: raise BadInput(f"rl.prompts {path}: {e.strerror or e}; expected a text file, one template a line") from None
-    except UnicodeDecodeError: raise BadInput(f"rl.prompts {path}: not UTF-8; expected a text file, one template a line") from None
-    kept = [(i, line.strip()) for i, line in enumerate(lines, 1) if line.strip() and not line.strip().startswith("#")]
+_LONGEST = 1 << 20     # bytes of a file of templates
+_MOST_TEMPLATES = 1000 # each is encoded for every class
+
+
+def _lines(path, name):
+    "The lines of a text file. Raises `BadInput`."
+    want = "expected a text file, one template a line"
+    try:
+        with open_regular(path, "a text file, one template a line") as f: content = f.read(_LONGEST + 1)
+    except BadInput as e: raise BadInput(f"rl.prompts: {e}") from None
+    except OSError as e: raise BadInput(f"{name}: {e.strerror or e}; {want}") from None
+    if len(content) > _LONGEST: raise BadInput(f"{name}: more than {_LONGEST} bytes; {want}")
+    try: return content.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError: raise BadInput(f"{name}: not UTF-8; {want}") from None
+
+
+def prompt_templates(
+    cfg: Config,  # `rl.prompts`, or `rl.prompt` where that is empty
+) -> list[str]:   # T templates
+    """Lines of the file but for blank ones and those that begin with #. Raises `BadInput` for a file that isn't there or
+    holds no template, and for a line without its one `{}`, or that can't be printed."""
+    if not (path := cfg.rl.prompts):
+        prompts(cfg.rl.prompt, ("name",), [0])
+        return [cfg.rl.prompt]
+    name = f"rl.prompts {one_line(path, 300)}"
+    lines = [(i, line.strip()) for i, line in enumerate(_lines(path, name), 1)]
+    kept = [(i, line) for i, line in lines if line and not line.startswith("#")]
     for i, line in kept:
-        if line.count("{}") != 1 or set("{}") & set(line.replace("{}", "")): raise BadInput(f"rl.prompts {path}, line {i}: {line[:80]!r}; expected a sentence with one {{}} for the name of the class")
-    if not kept: raise BadInput(f"rl.prompts {path}: no template in it; expected one a line")
+        checked(Text, line, f"{name}, line {i}")
+        if line.count("{}") != 1 or set("{}") & set(line.replace("{}", "")):
+            raise BadInput(f"{name}, line {i}: {given(line)}; "
+                           "expected a sentence with one {} for the name of the class")
+    if not 0 < len(kept) <= _MOST_TEMPLATES:
+        raise BadInput(f"{name}: {len(kept)} templates in it; expected 1 to {_MOST_TEMPLATES}, one a line")
     return [line for _, line in kept]
 
 # %% ../nbs/09e_reward_sums.ipynb #09-018
-def make_score(name: str,             # pickscore | clip | hpsv2 | aesthetic | imagereward
-               files: dict[str, str], # see `reward_files`
-               models: dict[str, str], # see `reward_models`
-               device="cpu",          # where it shall be
-               dtype=torch.float32,   # of the towers
-               checkpoint=False,      # compute the blocks again on the way back
-               ) -> Score:            # frozen
+def make_score(
+    name: str,               # pickscore | clip | hpsv2 | aesthetic | imagereward
+    files: dict[str, str],   # see `reward_files`
+    models: dict[str, str],  # see `reward_models`
+    device="cpu",            # where it shall be
+    dtype=torch.float32,     # of the towers
+    checkpoint=False,        # compute the blocks again in the backward pass
+) -> Score:                  # frozen
     "One part. Raises `BadInput` as its loader does."
     if name == "imagereward":
         from marval.image_reward import load_image_reward
         return load_image_reward(files[name], device, dtype, checkpoint=checkpoint)
-    if name == "aesthetic": return load_aesthetic(files[name], files["aesthetic.tower"], device, dtype, checkpoint, models[name])
-    return dict(pickscore=load_pickscore, clip=load_clip_score, hpsv2=load_hpsv2)[name](files[name], device, dtype, checkpoint, models[name])
+    if name == "aesthetic":
+        return load_aesthetic(files[name], files["aesthetic.tower"], device, dtype, checkpoint, models[name])
+    loaders = dict(pickscore=load_pickscore, clip=load_clip_score, hpsv2=load_hpsv2)
+    return loaders[name](files[name], device, dtype, checkpoint, models[name])
+
+
+def _asked(cfg, names):
+    "What `rl` asks for: weights of the terms, files, architectures, and prompts [classes][templates]."
+    terms = reward_terms(cfg.rl.reward)
+    if "classifier" in terms:
+        raise BadInput(f"rl.reward={cfg.rl.reward}: a reward on digits; "
+                       "expected a score of photographs, such as pickscore or pickscore + 0.5 aesthetic")
+    if len(names) != cfg.model.class_num:
+        raise BadInput(f"{len(names)} names of classes; expected model.class_num = {cfg.model.class_num}")
+    said = list(zip(*(prompts(t, names, range(len(names))) for t in prompt_templates(cfg))))
+    return terms, reward_files(cfg), reward_models(cfg), said
 
 
 @torch.no_grad()
-def make_text_reward(cfg: Config,                       # `rl.reward...`, `rl.prompt`, `rl.prompts`, `rl.recompute`; `compute.precision` is the image towers'
-                     names,                             # name of each class, see `prompt_names`
-                     device: str | torch.device = "cpu", # where it shall be
-                     ) -> OfClasses:                    # frozen; text towers are gone
-    "The reward on photographs, with the prompts of all classes encoded. Raises `BadInput` as its parts do, before weights are read where that is possible."
-    terms = reward_terms(cfg.rl.reward)
-    if "classifier" in terms: raise BadInput(f"rl.reward={cfg.rl.reward}: a reward on digits; expected a score of photographs, such as pickscore or pickscore + 0.5 aesthetic")
-    if len(names) != cfg.model.class_num: raise BadInput(f"{len(names)} names of classes; expected model.class_num = {cfg.model.class_num}")
-    files, models = reward_files(cfg), reward_models(cfg)
-    said = list(zip(*(prompts(t, names, range(len(names))) for t in prompt_templates(cfg))))
+def make_text_reward(
+    cfg: Config,  # `rl.reward...`, `rl.prompt`, `rl.prompts`, `rl.recompute`; `compute.precision`: image towers'
+    names,        # name of each class, see `prompt_names`
+    device: str | torch.device = "cpu",  # where it shall be
+) -> OfClasses:   # frozen; text towers are gone
+    """The reward on photographs, with the prompts of all classes encoded. Raises `BadInput` as its parts do, before
+    weights are read where that is possible."""
+    terms, files, models, said = _asked(cfg, names)
     for model in models.values(): architecture(model)
     dtype = torch.bfloat16 if cfg.compute.precision == "bf16" else torch.float32
-    parts = {name: make_score(name, files, models, device, dtype, cfg.rl.recompute == "steps") for name in terms}
+    again = cfg.rl.recompute == "steps"
+    parts = {name: make_score(name, files, models, device, dtype, again) for name in terms}
     alone = len(terms) == 1 and set(terms.values()) == {1.0}
-    reward = OfClasses(next(iter(parts.values())) if alone else WeightedSum(parts, terms), said).to(device)
+    score = next(iter(parts.values())) if alone else WeightedSum(parts, terms)
+    reward = OfClasses(score, said).to(device)
     for part in reward.modules():
         if isinstance(part, TextScore): part.text = None
     return reward

@@ -133,15 +133,15 @@ class ClassifierReward(nn.Module):
         return self.net(images).log_softmax(-1).gather(-1, labels[:, None])[:, 0]
 
 # %% ../nbs/09_rewards.ipynb #09-023
-def prompts(template: str,   # sentence with `{}` where the name goes
-            names,           # name of each class, as it reads in a sentence
-            labels,          # [B] class of each image: integers or a long tensor
-            ) -> list[str]:  # B prompts
-    "One prompt per label. Raises `BadInput` if the template has no `{}`, or another placeholder."
-    try: filled = [template.format(name) for name in names]
-    except (IndexError, KeyError, ValueError): filled = [""]
-    if "{}" not in template or not all(filled): raise BadInput(f"rl.prompt={template!r}: expected a sentence with one {{}} for the name of the class")
-    return [filled[int(i)] for i in labels]
+def prompts(
+    template: str,  # sentence with `{}` where the name goes
+    names,          # name of each class, as it reads in a sentence
+    labels,         # [B] class of each image: integers or a long tensor
+) -> list[str]:     # B prompts
+    "One prompt per label. Raises `BadInput` if the template has not one `{}`, or another brace."
+    if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
+        raise BadInput(f"rl.prompt={template!r}: expected a sentence with one {{}} for the name of the class")
+    return [template.replace("{}", names[int(i)]) for i in labels]
 
 # %% ../nbs/09_rewards.ipynb #09-026
 class DigitClip(nn.Module):

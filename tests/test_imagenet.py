@@ -223,7 +223,7 @@ BAD = {
     "reward of digits": (["rl.reward=classifier"], "expected pickscore, clip"),
     "one file for a sum": (["rl.reward=clip + 0.5 aesthetic"], "one file for several rewards"),
     "a file of a sum not there": (["rl.reward=clip + 0.5 aesthetic", "rl.reward_weights=clip={small}/towers.bin,aesthetic=nowhere.pth,aesthetic.tower={small}/towers.bin"], "--reward nowhere.pth: no such file"),
-    "prompts not there": (["rl.prompts=nowhere.txt"], "rl.prompts nowhere.txt: No such file"),
+    "prompts not there": (["rl.prompts=nowhere.txt"], "rl.prompts: cannot read nowhere.txt: No such file"),
     "no reference": (["evaluate.reference=nowhere.npz"], "evaluate.reference nowhere.npz: no such file"),
     "no Inception": (["evaluate.reference={small}/tree", "evaluate.inception=nowhere.pth"], "nowhere.pth"),
     "no names": (["data.names=nowhere.json"], "--names nowhere.json: no such file"),
