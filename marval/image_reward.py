@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BlipSizes', 'attend', 'ImageBlock', 'ImageEncoder', 'TextLayer', 'TextEncoder', 'find_vocabulary', 'word_pieces',
-           'ImageReward', 'load_image_reward']
+           'ImageReward', 'check_image_reward', 'load_image_reward']
 
 # %% ../nbs/09d_image_reward.ipynb #09-003
 import hashlib
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from .config import BadInput
-from .mar import _check_state
+from .files import open_regular
+from .mar import _check_names, _check_state
 from .official import read_foreign
 from .text_rewards import prepare
 
@@ -141,6 +142,7 @@ def _through(blocks, again, h, *args):
 # %% ../nbs/09d_image_reward.ipynb #09-015
 _VOCAB = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"  # sha256 of bert-base-uncased's vocab.txt
 _PUBLIC = 30522                                                              # lines of it
+_LARGEST_VOCAB = 1 << 24                                                     # bytes
 
 
 def find_vocabulary(beside: str | Path,     # file of the weights
@@ -160,8 +162,10 @@ def word_pieces(path: str | Path,  # vocab.txt, one piece a line
     "BERT's cutter of words, lower case. Raises `BadInput` for a file that is missing, no vocabulary, or another one of the public length."
     from tokenizers import BertWordPieceTokenizer
     want = "vocab.txt of bert-base-uncased"
-    try: raw = Path(path).read_bytes().replace(b"\r\n", b"\n")
-    except OSError as e: raise BadInput(f"{path}: {'no such file' if isinstance(e, FileNotFoundError) else f'cannot be read ({e.strerror})'}; expected {want}") from None
+    try:
+        with open_regular(path, want) as f: raw = f.read(_LARGEST_VOCAB + 1).replace(b"\r\n", b"\n")
+    except OSError as e: raise BadInput(f"{path}: cannot be read ({e.strerror}); expected {want}") from None
+    if len(raw) > _LARGEST_VOCAB: raise BadInput(f"{path}: more than {_LARGEST_VOCAB} bytes; expected {want}")
     try: words = raw.decode().removesuffix("\n").split("\n")
     except UnicodeDecodeError: raise BadInput(f"{path}: no text; expected {want}") from None
     if lost := [w for w in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if w not in words]: raise BadInput(f"{path}: no {lost[0]} among its {len(words)} lines; expected {want}")
@@ -232,24 +236,47 @@ def _sizes(state, path):
     if W % _HEAD or D % _HEAD: raise BadInput(f"{path}: vectors of {W} and {D} numbers; expected multiples of {_HEAD}, the width of a head")
     if positions < _LENGTH: raise BadInput(f"{path}: {positions} positions of words; expected at least {_LENGTH}")
     hidden, text_hidden = shape(_V + "blocks.0.mlp.fc1.weight", 2)[0], shape(_T + "encoder.layer.0.intermediate.dense.weight", 2)[0]
-    return BlipSizes(p * side, p, W, blocks(_V + "blocks."), hidden, words, positions, D, blocks(_T + "encoder.layer."), text_hidden)
+    depths = blocks(_V + "blocks."), blocks(_T + "encoder.layer.")
+    if max(depths) > 256 or p * side > 4096:
+        raise BadInput(f"{path}: {max(depths)} blocks, images of {p * side} pixels; expected at most 256 and 4096")
+    return BlipSizes(p * side, p, W, depths[0], hidden, words, positions, D, depths[1], text_hidden)
 
 # %% ../nbs/09d_image_reward.ipynb #09-024
-def load_image_reward(path: str | Path,                    # ImageReward.pt
-                      device: str | torch.device = "cpu",  # where the weights go
-                      dtype: torch.dtype = torch.float32,  # of the two encoders; the last layers are float32 at least
-                      checkpoint: bool = False,            # compute the blocks again on the way back
-                      vocab: str | Path = "",              # vocab.txt, see `find_vocabulary`
-                      ) -> ImageReward:                    # in evaluation mode; its weights ask for no gradient
-    "ImageReward from a file. Raises `BadInput` on a missing, truncated, foreign or unsafe one, names the first tensor that is missing, misshapen or unknown, and says where a vocabulary was looked for."
-    state = read_foreign(path, _WANT)                                                                               # weights only: runs nothing
-    state = {k: v for k, v in state.items() if k not in _UNUSED}
+def _matched(path, vocab, checkpoint):
+    "ImageReward without numbers, its vocabulary, and the tensors of a file, whose names and shapes fit."
+    state = {k: v for k, v in read_foreign(path, _WANT).items() if k not in _UNUSED}  # weights only: runs nothing
     sizes = _sizes(state, path)
     with torch.device("meta"): model = ImageReward(sizes, checkpoint=checkpoint)
-    _check_state(state, model, path, _WANT)
+    have = {k: (list(v.shape), v.dtype) for k, v in state.items() if isinstance(v, Tensor)}
+    _check_names(have, model, path, _WANT)
     source = find_vocabulary(path, vocab)
     model.words = word_pieces(source)
-    if (n := model.words.get_vocab_size()) != sizes.words: raise BadInput(f"{source}: {n - 2} word pieces; expected {sizes.words - 2}, for the weights in {path}")
+    if (n := model.words.get_vocab_size()) != sizes.words:
+        raise BadInput(f"{source}: {n - 2} word pieces; expected {sizes.words - 2}, for the weights in {path}")
+    return model, state
+
+
+def check_image_reward(
+    path: str | Path,        # ImageReward.pt
+    prompts: list[str],      # sentences that it will have to read
+    vocab: str | Path = "",  # vocab.txt, see `find_vocabulary`
+) -> None:
+    """Compare names, shapes and vocabulary; numbers are not read. Raises `BadInput` as `load_image_reward` does, and for
+    a prompt that would be cut off."""
+    _matched(path, vocab, False)[0].encode(prompts)
+
+
+def load_image_reward(
+    path: str | Path,                    # ImageReward.pt
+    device: str | torch.device = "cpu",  # where the weights go
+    dtype: torch.dtype = torch.float32,  # of the two encoders; the last layers are float32 at least
+    checkpoint: bool = False,            # compute the blocks again in the backward pass
+    vocab: str | Path = "",              # vocab.txt, see `find_vocabulary`
+) -> ImageReward:                        # in evaluation mode; its weights ask for no gradient
+    """ImageReward from a file. Raises `BadInput` on a missing, truncated, foreign or unsafe one, names the first tensor
+    that is missing, misshapen or unknown, and says where a vocabulary was looked for."""
+    model, state = _matched(path, vocab, checkpoint)
+    _check_state(state, model, path, _WANT)
     kind = lambda k: dtype if k.startswith("blip.") else torch.promote_types(dtype, torch.float32)
     model.load_state_dict({k: v.detach().to(device, kind(k), copy=True) for k, v in state.items()}, assign=True)
     return model.eval().requires_grad_(False)

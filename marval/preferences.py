@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import BadInput
+from .mar import _check_finite
 from .text_rewards import Architecture, TextScore, _read, architecture, load_text_score, load_towers
 
 # %% ../nbs/09c_preferences.ipynb #09-006
@@ -29,18 +30,27 @@ _HEAD = "LAION's aesthetic head on 768 features: sac+logos+ava1-l14-linearMSE.pt
 _LAYERS = ("layers.0", "layers.2", "layers.4", "layers.6", "layers.7")  # dropout stands at 1, 3 and 5
 
 
-def read_head(path: str | Path,       # .pth or .safetensors
-              width: int,             # E, of the image features
-              ) -> tuple[Tensor, Tensor]: # w [E] and b [], float64
-    r"$w^\top=W_5\cdots W_1$ and $b=W_5(\cdots(W_2b_1+b_2)\cdots)+b_5$; one layer is itself. Raises `BadInput` on a missing, unsafe or foreign file."
+def read_head(
+    path: str | Path,        # .pth or .safetensors
+    width: int,              # E, of the image features
+) -> tuple[Tensor, Tensor]:  # w [E] and b [], float64
+    r"""$w^\top=W_5\cdots W_1$ and $b=W_5(\cdots(W_2b_1+b_2)\cdots)+b_5$; one layer is itself. Raises `BadInput` on a
+    missing, unsafe or foreign file, and on numbers that are not finite."""
     state = _read(path, _HEAD)
     names = [""] if "weight" in state else [f"{k}." for k in _LAYERS]
     wanted = {f"{k}{leaf}" for k in names for leaf in ("weight", "bias")}
-    if odd := sorted(wanted ^ state.keys()): raise BadInput(f"{path}: tensor {odd[0]} is {'missing' if odd[0] in wanted else 'unknown'}; expected {_HEAD}")
+    if odd := sorted(wanted ^ state.keys()):
+        raise BadInput(f"{path}: tensor {odd[0]} is {'missing' if odd[0] in wanted else 'unknown'}; expected {_HEAD}")
+    for k, v in state.items():
+        if not isinstance(v, Tensor) or not v.is_floating_point():
+            raise BadInput(f"{path}: {k} is no tensor of floating-point numbers; expected {_HEAD}")
+    _check_finite(state, path)
     w, b = torch.eye(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
     for k in names:
         W, c = state[f"{k}weight"], state[f"{k}bias"]
-        if W.ndim != 2 or W.shape[1] != len(b) or c.shape != W.shape[:1]: raise BadInput(f"{path}: {k}weight has shape {list(W.shape)}, {k}bias {list(c.shape)}; expected [n, {len(b)}] and [n]")
+        if W.ndim != 2 or W.shape[1] != len(b) or c.shape != W.shape[:1]:
+            raise BadInput(f"{path}: {k}weight has shape {list(W.shape)}, {k}bias {list(c.shape)}; "
+                           f"expected [n, {len(b)}] and [n]")
         w, b = W.double() @ w, W.double() @ b + c.double()
     if len(b) != 1: raise BadInput(f"{path}: its last layer has {len(b)} outputs; expected 1, the score")
     return w[0], b[0]

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['WeightedSum', 'by_name', 'cached', 'on_disk', 'absolute_files', 'reward_files', 'reward_models', 'prompt_templates',
-           'make_score', 'make_text_reward']
+           'make_score', 'make_text_reward', 'check_reward']
 
 # %% ../nbs/09e_reward_sums.ipynb #09-003
+import math
 import os
 import re
 from pathlib import Path
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 from .border import Text, checked, given, one_line
 from .config import BadInput, Config, reward_terms
 from .files import open_regular
-from .preferences import load_aesthetic, load_hpsv2
+from .preferences import load_aesthetic, load_hpsv2, read_head
 from .rewards import prompts
-from .text_rewards import OfClasses, Score, TextScore, architecture, load_clip_score, load_pickscore
+from .text_rewards import (OfClasses, Score, TextScore, architecture, check_towers, load_clip_score,
+                                 load_pickscore, prompt_tokens)
 
 # %% ../nbs/09e_reward_sums.ipynb #09-006
 class WeightedSum(Score):
@@ -229,3 +231,34 @@ def make_text_reward(
     for part in reward.modules():
         if isinstance(part, TextScore): part.text = None
     return reward
+
+# %% ../nbs/09e_reward_sums.ipynb #09-018c
+_SMALL = 1 << 26  # bytes of all files: so much is loaded to be tried
+
+
+def _check_part(name, files, models, said):
+    "Raise `BadInput` where a part can't be made of its files, or can't read these prompts."
+    if name == "imagereward":
+        from marval.image_reward import check_image_reward
+        return check_image_reward(files[name], said)
+    arch = architecture(models[name])
+    if name == "aesthetic":
+        read_head(files[name], arch.config["embed_dim"])
+        return check_towers(arch, files["aesthetic.tower"])
+    prompt_tokens(arch, said)
+    check_towers(arch, files[name])
+
+
+@torch.no_grad()
+def check_reward(
+    cfg: Config,  # as for `make_text_reward`
+    names,        # name of each class
+) -> None:
+    "Try what a reward is made of, within seconds. Raises `BadInput` as `make_text_reward` does."
+    terms, files, models, said = _asked(cfg, names)
+    for name in terms: _check_part(name, files, models, [p for row in said for p in row])
+    if sum(os.path.getsize(path) for path in files.values()) > _SMALL: return
+    grey = torch.full((1, 3, 64, 64), 0.5)
+    score = make_text_reward(cfg, names)(grey, torch.zeros(1, dtype=torch.long)).item()
+    if not math.isfinite(score):
+        raise BadInput(f"rl.reward={given(cfg.rl.reward)}: a grey picture scores {score}; expected a number")

@@ -4,25 +4,28 @@
 
 # %% auto #0
 __all__ = ['Score', 'OfClasses', 'Architecture', 'architecture', 'build_towers', 'pil_filter', 'prepare', 'hf_names',
-           'load_towers', 'prompt_names', 'prompt_tokens', 'TextScore', 'load_text_score', 'load_pickscore',
-           'load_clip_score']
+           'check_towers', 'load_towers', 'prompt_names', 'prompt_tokens', 'TextScore', 'load_text_score',
+           'load_pickscore', 'load_clip_score']
 
 # %% ../nbs/09b_text_rewards.ipynb #09-003
 import hashlib
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .border import Finite, Range, Text, given, one_line, parse_json
 from .config import BadInput
 from .data import class_names
 from .files import read_json
-from .mar import _check_state
-from .official import read_foreign
+from .mar import _check_names, _check_state
+from .official import read_foreign, read_mapped
 
 # %% ../nbs/09b_text_rewards.ipynb #09-006
 class Score(nn.Module):
@@ -85,44 +88,103 @@ class Architecture:
     std: tuple[float, ...]   # [3] of each colour; images are divided by it
 
     @property
-    def size(self) -> int: return self.config["vision_cfg"].get("image_size", 224)             # pixels along one side
+    def size(self) -> int: return self.config["vision_cfg"].get("image_size", 224)      # pixels along one side
 
     @property
-    def context(self) -> int: return self.config["text_cfg"].get("context_length", 77)         # positions of the text tower
+    def context(self) -> int: return self.config["text_cfg"].get("context_length", 77)  # positions of the text tower
 
 
-def architecture(name: str,          # of open_clip, e.g. ViT-H-14, or a .json file
-                 ) -> Architecture:
-    "Look a pair of towers up. Raises `BadInput` for an unknown name, a foreign file, and towers that can't be had from files alone."
+_Width = Annotated[int, Range(1, 2**16)]
+_Blocks = Annotated[int, Range(1, 256)]
+_Ratio = Annotated[float, Range(0, 64, "(]")]
+
+
+@dataclass(frozen=True)
+class _ImageTower:
+    "What `vision_cfg` may say, where it costs memory or names a file."
+    image_size: Annotated[int, Range(1, 4096)] = 224
+    layers: _Blocks | list[_Blocks] = 12
+    width: _Width = 768
+    head_width: _Width = 64
+    patch_size: Annotated[int, Range(1, 4096)] | None = 16
+    mlp_ratio: _Ratio = 4.0
+    timm_model_name: Text | None = None
+
+
+@dataclass(frozen=True)
+class _TextTower:
+    "The same of `text_cfg`."
+    context_length: Annotated[int, Range(3, 4096)] = 77
+    vocab_size: Annotated[int, Range(1, 2**24)] = 49408
+    width: _Width = 512
+    heads: _Width = 8
+    layers: _Blocks = 12
+    mlp_ratio: _Ratio = 4.0
+    hf_model_name: Text | None = None
+    hf_tokenizer_name: Text | None = None
+    tokenizer_kwargs: dict | None = None
+
+# %% ../nbs/09b_text_rewards.ipynb #09-012b
+@dataclass(frozen=True)
+class _Towers:
+    "A table of two towers, in open_clip's words; what isn't listed is open_clip's to judge."
+    embed_dim: Annotated[int, Range(1, 8192)]
+    vision_cfg: _ImageTower
+    text_cfg: _TextTower
+
+
+@dataclass(frozen=True)
+class _Look:
+    "How a tower wants its images."
+    mean: tuple[Finite, Finite, Finite] | None = None
+    std: tuple[Finite, Finite, Finite] | None = None
+    interpolation: str = "bicubic"
+    resize_mode: str = "shortest"
+
+
+def architecture(
+    name: str,       # of open_clip, e.g. ViT-H-14, or a .json file
+) -> Architecture:
+    """Look a pair of towers up. Raises `BadInput` for an unknown name, a foreign file, and towers that can't be had
+    from files alone."""
     import open_clip
     from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-    known = open_clip.list_models()
+    known, field = open_clip.list_models(), f"rl.reward_model={one_line(name, 300)}"
     if Path(name).suffix != ".json" and name not in known:
-        raise BadInput(f"rl.reward_model={name!r}: expected one of open_clip's {len(known)} architectures, such as ViT-H-14 or ViT-B-32, or a .json file of one")
+        raise BadInput(f"rl.reward_model={given(name)}: expected one of open_clip's {len(known)} architectures, "
+                       "such as ViT-H-14 or ViT-B-32, or a .json file of one")
     raw = open_clip.get_model_config(name) if name in known else read_json(name)
-    table = raw.get("model_cfg", raw) if isinstance(raw, dict) else {}
-    vision, text = ({} if not isinstance(table, dict) else table.get(k) for k in ("vision_cfg", "text_cfg"))
-    if not (isinstance(vision, dict) and isinstance(text, dict) and isinstance(table.get("embed_dim"), int)):
-        raise BadInput(f"rl.reward_model={name}: no two towers in it; expected a table with embed_dim, vision_cfg and text_cfg")
-    if text.get("hf_model_name") or text.get("hf_tokenizer_name") or text.get("vocab_size", 49408) != 49408 or "multimodal_cfg" in table:
-        raise BadInput(f"rl.reward_model={name}: its text tower needs more than a file of weights; expected one with CLIP's own vocabulary of 49408")
-    look = raw.get("preprocess_cfg") or {}
-    if not isinstance(vision.get("image_size", 224), int) or look.get("interpolation", "bicubic") != "bicubic" or look.get("resize_mode", "shortest") != "shortest":
-        raise BadInput(f"rl.reward_model={name}: looks at images in another way; expected squares, bicubic interpolation, resize_mode shortest")
-    config = {**table, "vision_cfg": {**vision, "timm_model_pretrained": False}, "text_cfg": dict(text)}
-    return Architecture(name, config, tuple(look.get("mean") or OPENAI_DATASET_MEAN), tuple(look.get("std") or OPENAI_DATASET_STD))
+    table = raw["model_cfg"] if isinstance(raw.get("model_cfg"), dict) else raw
+    if not all(isinstance(table.get(k), dict) for k in ("vision_cfg", "text_cfg")):
+        raise BadInput(f"{field}: no two towers in it; expected a table with embed_dim, vision_cfg and text_cfg")
+    towers = parse_json(_Towers, json.dumps(table), field)
+    look = parse_json(_Look, json.dumps(raw.get("preprocess_cfg") or {}), f"{field}: preprocess_cfg")
+    text, timm = towers.text_cfg, towers.vision_cfg.timm_model_name or ""
+    more = text.hf_model_name or text.hf_tokenizer_name or "multimodal_cfg" in table or not re.fullmatch(r"[\w.]*", timm)
+    if more or text.vocab_size != 49408 or (text.tokenizer_kwargs or {}).keys() - {"clean"}:
+        raise BadInput(f"{field}: it needs more than a file of weights; "
+                       "expected towers of one file, with CLIP's own vocabulary of 49408")
+    if (look.interpolation, look.resize_mode) != ("bicubic", "shortest") or look.std and min(look.std) <= 0:
+        raise BadInput(f"{field}: looks at images in another way; "
+                       "expected bicubic interpolation, resize_mode shortest, std above 0")
+    vision = {**table["vision_cfg"], "timm_model_pretrained": False}
+    config = {**table, "vision_cfg": vision, "text_cfg": dict(table["text_cfg"])}
+    return Architecture(name, config, look.mean or OPENAI_DATASET_MEAN, look.std or OPENAI_DATASET_STD)
 
-
-def build_towers(arch: Architecture,    # which towers
-                 device: str = "meta",  # meta = shapes without numbers
-                 ) -> nn.Module:        # open_clip's CLIP, with random weights
+# %% ../nbs/09b_text_rewards.ipynb #09-012c
+def build_towers(
+    arch: Architecture,    # which towers
+    device: str = "meta",  # meta = shapes without numbers
+) -> nn.Module:            # open_clip's CLIP, with random weights
     "Raises `BadInput` for sizes that open_clip refuses."
     from open_clip.model import CLIP, CustomTextCLIP
     kind = CustomTextCLIP if arch.config.get("custom_text") else CLIP
     try:
         with torch.device(device): return kind(**{k: v for k, v in arch.config.items() if k != "custom_text"})
     except Exception as e:  # whatever open_clip makes of a table
-        raise BadInput(f"rl.reward_model={arch.name}: open_clip cannot build it ({(str(e) or type(e).__name__).splitlines()[0]}); expected another architecture") from None
+        why = one_line((str(e) or type(e).__name__).splitlines()[0], 300)
+        raise BadInput(f"rl.reward_model={arch.name}: open_clip cannot build it ({why}); "
+                       "expected another architecture") from None
 
 # %% ../nbs/09b_text_rewards.ipynb #09-017
 def pil_filter(n: int,       # input pixels
@@ -196,14 +258,24 @@ def hf_names(name: str,        # of a tensor in open_clip's layout
     return [f"{block}.{_IN_BLOCK[found[3]]}.{found[4]}"] if found[3] in _IN_BLOCK else []
 
 # %% ../nbs/09b_text_rewards.ipynb #09-026
-def _from_hf(state, model, path):
-    "The tensors of a file in Hugging Face's layout, in open_clip's. Every name and shape is compared first, in the file's own words."
-    state, shapes = {k: v for k, v in state.items() if not k.endswith("embeddings.position_ids")}, {}   # old files hold 0, 1, 2, ... too
+def _is_hf(state): return any(k.startswith(("text_model.", "vision_model.")) for k in state)
+
+
+def _layout(state, model, path):
+    "The names and shapes that the tensors of a file must have, in the file's own words."
+    if not _is_hf(state): return model
+    shapes = {}
     for k, v in model.state_dict().items():
         names = hf_names(k)
-        if not names: raise BadInput(f"{path}: in Hugging Face's layout, which has no place for {k}; expected rl.reward_model to be a CLIP of two plain transformers, as ViT-H-14")
+        if not names:
+            raise BadInput(f"{path}: in Hugging Face's layout, which has no place for {k}; "
+                           "expected rl.reward_model to be a CLIP of two plain transformers, as ViT-H-14")
         shapes |= zip(names, [v.T] if k in _TURNED else v.chunk(len(names)) if v.ndim else [v])
-    _check_state(state, SimpleNamespace(state_dict=lambda: shapes), path, _WANT)
+    return SimpleNamespace(state_dict=lambda: shapes)
+
+
+def _from_hf(state, model):
+    "The tensors of a file in Hugging Face's layout, in open_clip's."
     def join(k):
         parts = [state[n] for n in hf_names(k)]
         return parts[0].T if k in _TURNED else torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -212,33 +284,52 @@ def _from_hf(state, model, path):
 
 def _read(path, want=_WANT):
     "The state dict in a file, whatever it holds; tensors on the CPU."
-    if Path(path).suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-        if not Path(path).is_file(): raise BadInput(f"{path}: no such file; expected {want}")
-        try: return load_file(path)
-        except SafetensorError as e: raise BadInput(f"{path}: truncated, or not safetensors ({str(e).splitlines()[0]}); expected {want}") from None
-        except OSError as e: raise BadInput(f"{path}: cannot be read ({e.strerror or e}); expected {want}") from None
-    state = read_foreign(path, want)                                                             # weights only: runs nothing
-    state = state["state_dict"] if isinstance(state.get("state_dict"), dict) else state             # open_clip's training checkpoints
+    if Path(path).suffix == ".safetensors": return read_mapped(path, want)
+    state = read_foreign(path, want)  # weights only: runs nothing
+    if isinstance(state.get("state_dict"), dict): state = state["state_dict"]  # open_clip's training checkpoints
     if not all(isinstance(k, str) for k in state): raise BadInput(f"{path}: no state dict; expected {want}")
     return {k.removeprefix("module."): v for k, v in state.items()}
 
-# %% ../nbs/09b_text_rewards.ipynb #09-027
-def load_towers(arch: Architecture,                # which towers
-                path: str | Path,                  # .safetensors, .bin or .pt, in either layout
-                device: str | torch.device = "cpu", # where the weights go
-                dtype: torch.dtype = torch.float32, # what they are converted to
-                ) -> nn.Module:                    # open_clip's CLIP, in evaluation mode; its weights ask for no gradient
-    "Both towers from a file. Raises `BadInput` on a missing, truncated, foreign or unsafe one, and names the first tensor that is missing, misshapen or unknown."
+
+def _matched(arch, path):
+    "Towers without numbers, and the tensors of a file, once these are known to have their names and shapes."
     model, state = build_towers(arch), _read(path)
-    if any(k.startswith(("text_model.", "vision_model.")) for k in state): state = _from_hf(state, model, path)
+    if _is_hf(state):  # old files hold 0, 1, 2, ... too
+        state = {k: v for k, v in state.items() if not k.endswith("embeddings.position_ids")}
+    have = {k: (list(v.shape), v.dtype) for k, v in state.items() if isinstance(v, Tensor)}
+    _check_names(have, _layout(state, model, path), path, f"{_WANT}, of {arch.name}")
+    if "logit_scale" in state and not state["logit_scale"].float().exp().isfinite().all():
+        raise BadInput(f"{path}: logit_scale is {given(state['logit_scale'].tolist())}; expected a logarithm")
+    return model, state
+
+# %% ../nbs/09b_text_rewards.ipynb #09-027
+def check_towers(
+    arch: Architecture,  # which towers
+    path: str | Path,    # .safetensors, .bin or .pt, in either layout
+) -> None:
+    """Compare names, shapes and types of a file with an architecture; numbers are not read. Raises `BadInput` as
+    `load_towers` does."""
+    _matched(arch, path)
+
+
+def load_towers(
+    arch: Architecture,                  # which towers
+    path: str | Path,                    # .safetensors, .bin or .pt, in either layout
+    device: str | torch.device = "cpu",  # where the weights go
+    dtype: torch.dtype = torch.float32,  # what they are converted to
+) -> nn.Module:                          # open_clip's CLIP, in evaluation mode; its weights ask for no gradient
+    """Both towers from a file. Raises `BadInput` on a missing, truncated, foreign or unsafe one, on numbers that are
+    not finite, and names the first tensor that is missing, misshapen or unknown."""
+    model, state = _matched(arch, path)
+    if _is_hf(state): state = _from_hf(state, model)
     _check_state(state, model, path, f"{_WANT}, of {arch.name}")
     model.load_state_dict({k: v.detach().to(device, dtype, copy=True) for k, v in state.items()}, assign=True)
-    for name, mask in [(k, b) for k, b in model.named_buffers() if b.is_meta]:                      # what no file holds
-        if not name.endswith("attn_mask"): raise BadInput(f"rl.reward_model={arch.name}: its {name} is in no file; expected another architecture")
+    for name, mask in [(k, b) for k, b in model.named_buffers() if b.is_meta]:  # what no file holds
+        if not name.endswith("attn_mask"):
+            raise BadInput(f"rl.reward_model={arch.name}: its {name} is in no file; expected another architecture")
         owner = model.get_submodule(name.rpartition(".")[0])
-        owner.attn_mask = torch.full(mask.shape, float("-inf"), device=device, dtype=dtype).triu(1)  # no word sees the next ones
+        forbidden = torch.full(mask.shape, float("-inf"), device=device, dtype=dtype)
+        owner.attn_mask = forbidden.triu(1)  # no word sees the next ones
     return model.eval().requires_grad_(False)
 
 # %% ../nbs/09b_text_rewards.ipynb #09-037
@@ -255,14 +346,17 @@ def prompt_names(classes,                     # names of the class folders, as `
     return tuple(names[c] for c in classes)
 
 # %% ../nbs/09b_text_rewards.ipynb #09-043
-def prompt_tokens(arch: Architecture,  # whose context counts
-                  text: list[str],     # n sentences
-                  ) -> Tensor:         # [n, context] long, on the CPU
+def prompt_tokens(
+    arch: Architecture,  # whose context counts
+    text: list[str],     # n sentences
+) -> Tensor:             # [n, context] long, on the CPU
     "Byte-pair tokens. Raises `BadInput` for a sentence that would be cut off."
     from open_clip.tokenizer import SimpleTokenizer
-    tokenizer = SimpleTokenizer(context_length=arch.context, **(arch.config["text_cfg"].get("tokenizer_kwargs") or {}))
+    options = arch.config["text_cfg"].get("tokenizer_kwargs") or {}
+    tokenizer = SimpleTokenizer(context_length=arch.context, **options)
     for s in text:
-        if (n := len(tokenizer.encode(s))) > arch.context - 2: raise BadInput(f"prompt {s!r} has {n} tokens: expected at most {arch.context - 2}")
+        if (n := len(tokenizer.encode(s))) > arch.context - 2:
+            raise BadInput(f"prompt {s!r} has {n} tokens: expected at most {arch.context - 2}")
     return tokenizer(list(text))
 
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 from einops import rearrange
+from .border import one_line
 from .config import BadInput
 from .mar import _check_state
-from .official import read_foreign
+from .official import read_foreign, read_mapped
 
 # %% ../nbs/12_vae.ipynb #12-006
 def _norm(width): return nn.GroupNorm(32, width, eps=1e-6)
@@ -182,21 +183,17 @@ def measure_scale(vae,            # anything with `encode(images) -> moments`, o
 
 # %% ../nbs/12_vae.ipynb #12-042
 _WANT = "KL-16's weights (MAR's kl16.ckpt, or .safetensors)"
+_MOST = dict(ch=4096, levels=9, blocks=16, channels=1024)  # sizes of a tokenizer that can be told from its file
 
 
 def _read(path):
     "The state dict in a file, whatever it holds; tensors on the CPU."
-    if Path(path).suffix != ".safetensors":
-        checkpoint = read_foreign(path, _WANT)
-        state = checkpoint.get("model")
-        if isinstance(state, dict) and all(isinstance(k, str) for k in state): return state
-        raise BadInput(f"{path}: no state dict 'model' among {list(checkpoint)[:6]}; expected {_WANT}")
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    if not Path(path).is_file(): raise BadInput(f"{path}: no such file; expected {_WANT}")
-    try: return load_file(path)
-    except SafetensorError as e: raise BadInput(f"{path}: truncated, or not safetensors ({str(e).splitlines()[0]}); expected {_WANT}") from None
-    except OSError as e: raise BadInput(f"{path}: cannot be read ({e.strerror or e}); expected {_WANT}") from None
+    if Path(path).suffix == ".safetensors": return read_mapped(path, _WANT)
+    checkpoint = read_foreign(path, _WANT)
+    state = checkpoint.get("model")
+    if isinstance(state, dict) and all(isinstance(k, str) for k in state): return state
+    entries = one_line(list(checkpoint)[:6], 200)
+    raise BadInput(f"{path}: no state dict 'model' among {entries}; expected {_WANT}")
 
 
 def _sizes(state, path):
@@ -204,20 +201,27 @@ def _sizes(state, path):
     def width(name):
         shape = list(getattr(state.get(name), "shape", []))
         if name not in state: raise BadInput(f"{path}: tensor {name} is missing; expected {_WANT}")
-        if len(shape) != 1 or shape[0] < 1: raise BadInput(f"{path}: {name} has shape {shape}; expected 1 axis, not empty")
+        if len(shape) != 1 or shape[0] < 1:
+            raise BadInput(f"{path}: {name} has shape {shape}; expected 1 axis, not empty")
         return shape[0]
     def number(prefix): return len({k[len(prefix):].split(".")[0] for k in state if k.startswith(prefix)})
-    ch = width("encoder.conv_in.bias")
-    mult = tuple(width(f"encoder.down.{i}.block.0.conv1.bias") // ch for i in range(number("encoder.down.")))
-    return dict(ch=ch, ch_mult=mult, blocks=number("encoder.down.0.block."), channels=width("post_quant_conv.bias"))
+    ch, levels, blocks = width("encoder.conv_in.bias"), number("encoder.down."), number("encoder.down.0.block.")
+    found = dict(ch=ch, levels=levels, blocks=blocks, channels=width("post_quant_conv.bias"))
+    for k, most in _MOST.items():
+        if found[k] > most: raise BadInput(f"{path}: {k} = {found[k]}; expected at most {most}")
+    mult = tuple(width(f"encoder.down.{i}.block.0.conv1.bias") // ch for i in range(levels))
+    return dict(ch=ch, ch_mult=mult, blocks=blocks, channels=found["channels"])
 
 # %% ../nbs/12_vae.ipynb #12-043
-def load_vae(path: str | Path,                   # MAR's kl16.ckpt, or the same tensors as .safetensors
-             device: str | torch.device = "cpu", # where the weights go
-             dtype: torch.dtype = torch.float32, # what they are converted to
-             ) -> KL16:                          # evaluation mode; its weights ask for no gradient
-    "The autoencoder in a file. Raises `BadInput` on a missing, truncated, foreign or unsafe file, and names the first tensor that is missing, misshapen or unknown."
-    state = {k: v for k, v in _read(path).items() if not k.startswith("loss.")}  # what its training may have left in the file
+def load_vae(
+    path: str | Path,                    # MAR's kl16.ckpt, or the same tensors as .safetensors
+    device: str | torch.device = "cpu",  # where the weights go
+    dtype: torch.dtype = torch.float32,  # what they are converted to
+) -> KL16:                               # evaluation mode; its weights ask for no gradient
+    """The autoencoder in a file. Raises `BadInput` on a missing, truncated, foreign or unsafe file, on weights that are
+    not finite, and names the first tensor that is missing, misshapen or unknown."""
+    # the loss's own tensors: what its training may have left in the file
+    state = {k: v for k, v in _read(path).items() if not k.startswith("loss.")}
     sizes = _sizes(state, path)
     try:
         with torch.device("meta"): vae = KL16(**sizes)
