@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'WATCHING', 'best_of_kl', 'best_of_n', 'expected_best', 'samples_for', 'Guard', 'parse_guards', 'cadence',
-           'watching', 'check_rl', 'within_class', 'GuardedRL']
+           'watching', 'about_watch', 'check_rl', 'within_class', 'GuardedRL']
 
 # %% ../nbs/10b_guards.ipynb #10-003
 import copy
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from .config import BadInput, Config
+from .border import given
+from .config import BadInput, Config, reward_terms
 from .mar import MAR
 from .parallel import shares
 from .rl import RLStage
@@ -94,8 +96,10 @@ def parse_guards(text: str,            # as `rl.guard`: `metric share`, several 
         words = part.split()
         try: metric, share = words[0], float(words[1])
         except (IndexError, ValueError): metric, share = "", math.nan
-        if len(words) != 2 or not 0 < share < math.inf or metric not in METRICS["digits"] or metric in [g.metric for g in found]:
-            raise BadInput(f"rl.guard={text!r}: {part.strip()!r} is no guard; expected metric and share, each metric once, as in `diversity 0.1, fd 0.5` ({', '.join(METRICS['digits'])})")
+        fits = len(words) == 2 and 0 < share <= 1e6 and metric in METRICS["digits"]
+        if not fits or metric in [g.metric for g in found]:
+            raise BadInput(f"rl.guard={given(text)}: {given(part.strip())} is no guard; expected metric and share, "
+                           f"each metric once, as in `diversity 0.1, fd 0.5` ({', '.join(METRICS['digits'])})")
         found.append(Guard(metric, share))
     return tuple(found)
 
@@ -113,15 +117,35 @@ def watching(cfg: Config,  # the whole configuration
     return replace(cfg, rl=replace(r, reward=r.watch, reward_weights=r.watch_weights, reward_model=r.watch_model or r.reward_model))
 
 
-def check_rl(cfg: Config) -> None: # `rl.guard`, `rl.watch`, `rl.metric_every`
-    "Raises `BadInput` for a guard that can't be read, that asks for what isn't measured here, and where nothing is measured at all."
+@contextmanager
+def about_watch():
+    "Within this block, what is said of the reward that is maximised is said of the one that watches."
+    try: yield
+    except BadInput as e:
+        said = str(e).replace("--reward is missing", "rl.watch_weights is missing")
+        raise BadInput(said.replace("rl.reward", "rl.watch")) from None
+
+
+def check_rl(
+    cfg: Config,  # `rl.guard`, `rl.watch`, `rl.metric_every`
+) -> None:
+    """Raises `BadInput` for a guard that can't be read, that asks for what isn't measured here, for a watch that is no
+    reward, and where nothing is measured at all."""
     r, here = cfg.rl, METRICS[cfg.data.name]
-    guards = parse_guards(r.guard)
-    if (guards or r.watch) and not cadence(cfg): raise BadInput(f"rl.guard={r.guard!r}, rl.watch={r.watch!r}: nothing is measured while rl.metric_every and log.metric_every are 0; expected one of them > 0")
+    guards, asked = parse_guards(r.guard), f"rl.guard={given(r.guard)}"
+    if cfg.data.name == "digits" and r.watch and r.watch not in WATCHING:
+        raise BadInput(f"rl.watch={given(r.watch)}: expected one of {', '.join(WATCHING)} at this scale, or nothing")
+    if cfg.data.name != "digits" and r.watch:
+        with about_watch():
+            if "classifier" in reward_terms(r.watch):
+                raise BadInput("rl.watch=classifier: a reward on digits; expected one of photographs, or nothing")
+    if (guards or r.watch) and not cadence(cfg):
+        raise BadInput(f"{asked}, rl.watch={given(r.watch)}: nothing is measured while rl.metric_every and "
+                       "log.metric_every are 0; expected one of them > 0")
     for g in guards:
-        if g.metric not in here: raise BadInput(f"rl.guard={r.guard!r}: {g.metric} is not measured on photographs; expected {', '.join(here)}")
-        if g.metric == "watch" and not r.watch: raise BadInput(f"rl.guard={r.guard!r}: nobody watches; expected rl.watch, too")
-    if cfg.data.name == "digits" and r.watch and r.watch not in WATCHING: raise BadInput(f"rl.watch={r.watch!r}: expected one of {', '.join(WATCHING)} at this scale, or nothing")
+        if g.metric not in here:
+            raise BadInput(f"{asked}: {g.metric} is not measured on photographs; expected {', '.join(here)}")
+        if g.metric == "watch" and not r.watch: raise BadInput(f"{asked}: nobody watches; expected rl.watch, too")
 
 # %% ../nbs/10b_guards.ipynb #10-026
 def within_class(features: Tensor, # [n, F] of generated images

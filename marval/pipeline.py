@@ -139,11 +139,14 @@ def _check_files(cfg, stages, out):
     "Do the files that these stages read from elsewhere exist, and are they what they should be?"
     reward = cfg.rl.reward
     if "rl" in stages and (cfg.rl.guard or cfg.rl.watch):                   # imports torch, so only where there is something to check
-        from marval.guards import check_rl, watching
+        from marval.guards import about_watch, check_rl, watching
         check_rl(cfg)
     if cfg.data.name == "digits":
         if "rl" in stages and reward not in ("classifier", "clip"): raise BadInput(f"rl.reward={reward}: a reward on photographs; expected classifier or clip at this scale")
         if "rl" in stages and cfg.rl.prompts: raise BadInput(f"rl.prompts={cfg.rl.prompts}: for rewards on photographs; expected none at this scale")
+        if "rl" in stages and "clip" in (reward, cfg.rl.watch):
+            from marval.stages import check_inputs
+            check_inputs(cfg, stages, out)
         return
     if "rl" in stages and reward == "classifier": raise BadInput("rl.reward=classifier: a reward on digits; expected pickscore, clip, hpsv2, aesthetic, imagereward or a sum at this scale")
     latents = set(stages) - {"teacher"} or not cfg.teacher.checkpoint        # a teacher from a file needs no images
@@ -154,18 +157,16 @@ def _check_files(cfg, stages, out):
         for name, path in reward_files(cfg).items(): _need("--reward", path, f"expected the weights of {name}")
         prompt_templates(cfg)
         if cfg.rl.watch:
-            for name, path in reward_files(watching(cfg)).items(): _need("rl.watch_weights", path, f"expected the weights of {name}")
+            with about_watch(): files = reward_files(watching(cfg))
+            for name, path in files.items(): _need("rl.watch_weights", path, f"expected the weights of {name}")
     if cfg.data.names: _need("--names", cfg.data.names, "expected a JSON file {class folder: name}")
     if "teacher" in stages and cfg.teacher.checkpoint: _need("--teacher", cfg.teacher.checkpoint, "expected a teacher's weights")
     if "evaluate" in stages and cfg.evaluate.reference:
         from marval.features import inception_file
         _need("evaluate.reference", cfg.evaluate.reference, "expected ADM's statistics (.npz), or a folder of real images", Path.exists)
         inception_file(cfg.evaluate.inception or None)
-    from marval import stages as work
-    if "cache" in stages: work.open_tree(cfg)
-    if latents: work.Photographs(cfg, out).vae
-    if "teacher" in stages and cfg.teacher.checkpoint: work.read_teacher(cfg)
-    if (out/"cache"/"manifest.json").exists() and set(stages) - {"teacher", "cache"}: work.Photographs(cfg, out).names
+    from marval.stages import check_inputs
+    check_inputs(cfg, stages, out)
 
 # %% ../nbs/14_pipeline.ipynb #14-016
 def lock(out: Path,         # run folder, which exists

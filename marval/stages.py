@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Road', 'Digits', 'Photographs', 'road', 'judges', 'open_tree', 'cache', 'network', 'read_teacher', 'teacher',
-           'distill', 'rl', 'threads']
+           'distill', 'rl', 'check_inputs', 'threads']
 
 # %% ../nbs/13_stages.ipynb #13-003
 import os
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .config import ON_CPU, BadInput, Config
 from .files import sha256
-from .guards import GuardedRL, cadence, watching, within_class
+from .guards import GuardedRL, about_watch, cadence, watching, within_class
 from .mar import MAR, load_into, load_weights, patchify, save_weights
 from .official import load_official
 from .parallel import on_first, rank, world
@@ -94,9 +94,10 @@ class Photographs(Road):
     @cached_property
     def vae(self):
         from marval.vae import load_vae
-        vae, m = load_vae(self.cfg.data.vae, self.device), self.cfg.model
+        vae, m, path = load_vae(self.cfg.data.vae, self.device), self.cfg.model, self.cfg.data.vae
         if (vae.stride, vae.channels) != (m.vae_stride, m.vae_embed_dim):
-            raise BadInput(f"{self.cfg.data.vae} has stride {vae.stride} and {vae.channels} channels; expected {m.vae_stride} and {m.vae_embed_dim} (model.vae_stride, model.vae_embed_dim)")
+            raise BadInput(f"{path} has stride {vae.stride} and {vae.channels} channels; expected {m.vae_stride} and "
+                           f"{m.vae_embed_dim} (model.vae_stride, model.vae_embed_dim)")
         return vae
 
     @cached_property
@@ -107,8 +108,11 @@ class Photographs(Road):
         "The finished cache. Raises `BadInput` where it is damaged or another tokenizer's."
         from marval.latents import LatentCache
         cache, m = LatentCache(self.out/"cache", self.digest, self.cfg.data.latent_scale), self.cfg.model
-        if list(cache.latent) != [m.vae_embed_dim, m.grid * m.patch_size, m.grid * m.patch_size]:
-            raise BadInput(f"{self.out/'cache'} holds latents {cache.latent}; expected {[m.vae_embed_dim, m.grid * m.patch_size, m.grid * m.patch_size]}")
+        latent, classes = [m.vae_embed_dim, m.grid * m.patch_size, m.grid * m.patch_size], len(cache.classes)
+        if list(cache.latent) != latent:
+            raise BadInput(f"{self.out/'cache'} holds latents {cache.latent}; expected {latent}")
+        if classes != m.class_num:
+            raise BadInput(f"{self.out/'cache'} has {classes} classes; expected {m.class_num} (model.class_num)")
         return cache
 
     @cached_property
@@ -179,10 +183,13 @@ def judges(road: Digits) -> None:
 
 
 def open_tree(cfg: Config):  # its `data` are used
-    "The images of `data.path`. Raises `BadInput` for a tree that isn't one, or whose classes are not as many as the network's."
+    """The images of `data.path`. Raises `BadInput` for a tree that isn't one, or whose classes are not as many as the
+    network's."""
     from marval.data import index_tree
     tree = index_tree(cfg.data.path)
-    if len(tree.classes) != cfg.model.class_num: raise BadInput(f"{tree.root} has {len(tree.classes)} class folders; expected {cfg.model.class_num} (model.class_num)")
+    if len(tree.classes) != cfg.model.class_num:
+        raise BadInput(f"{tree.root} has {len(tree.classes)} class folders; "
+                       f"expected {cfg.model.class_num} (model.class_num)")
     return tree
 
 
@@ -190,8 +197,9 @@ def cache(road: Photographs) -> None:
     "Encode every image and its mirror image. Shards that stand are kept."
     from marval.latents import build_cache
     cfg, folder = road.cfg, road.out/"cache"
-    build_cache(open_tree(cfg), road.vae.encode, folder, cfg.model.img_size, road.digest, max_bad=cfg.data.max_bad, device=road.device, rank=rank(), world=world())
-    on_first(lambda: None)                                    # the others wait for the manifest
+    build_cache(open_tree(cfg), road.vae.encode, folder, cfg.model.img_size, road.digest, device=road.device,
+                max_bad=cfg.data.max_bad, rank=rank(), world=world())
+    on_first(lambda: None)  # the others wait for the manifest
 
 # %% ../nbs/13_stages.ipynb #13-018
 def network(cfg: Config,  # whose `model` it must be
@@ -257,6 +265,47 @@ def rl(road) -> dict | None: # {"stopped": why}, where a guard has ended it
     if cfg.rl.guard and stage.stopped:
         if rank() == 0: print(f"a guard ended RL: {stage.stopped}", flush=True)
         return dict(stopped=stage.stopped)
+
+# %% ../nbs/13_stages.ipynb #13-020c
+@torch.no_grad()
+def _try_tokenizer(road):
+    "Encode and decode a grey picture. Raises `BadInput` where that gives no numbers."
+    side = 2 * road.vae.stride
+    moments = road.vae.encode(torch.zeros(1, 3, side, side, device=road.device))
+    x = road.vae.decode(moments.chunk(2, 1)[0])
+    if moments.isfinite().all() and x.isfinite().all(): return
+    raise BadInput(f"{road.cfg.data.vae}: makes NaN or infinity of a grey picture; expected a trained tokenizer")
+
+
+def _check_digits(cfg, stages):
+    "Raise `BadInput` for a prompt that the digits' CLIP can't read."
+    if "rl" not in stages or "clip" not in (cfg.rl.reward, cfg.rl.watch): return
+    from marval.data import DIGIT_NAMES
+    from marval.rewards import DigitClip, prompts
+    DigitClip().tokens(prompts(cfg.rl.prompt, DIGIT_NAMES, range(len(DIGIT_NAMES))))
+
+
+def check_inputs(
+    cfg: Config,              # the whole configuration
+    stages: tuple[str, ...],  # to run
+    out: Path,                # run folder
+) -> None:
+    "Read and try what these stages take from elsewhere. Raises `BadInput`, as they would."
+    if cfg.data.name == "digits": return _check_digits(cfg, stages)
+    from marval.reward_sums import check_reward
+    from marval.text_rewards import prompt_names
+    road, classes = Photographs(cfg, out), None
+    needs_latents = set(stages) - {"teacher"} or not cfg.teacher.checkpoint  # a teacher from a file needs no images
+    if "cache" in stages: classes = open_tree(cfg).classes
+    if needs_latents: _try_tokenizer(road)
+    if "teacher" in stages and cfg.teacher.checkpoint: read_teacher(cfg)
+    if classes is None and needs_latents and (out/"cache"/"manifest.json").exists(): classes = road.cache.classes
+    if classes is None or not {"rl", "evaluate"} & set(stages): return
+    names = prompt_names(classes, cfg.data.names or "")
+    if "rl" not in stages: return
+    check_reward(cfg, names)
+    if cfg.rl.watch:
+        with about_watch(): check_reward(watching(cfg), names)
 
 # %% ../nbs/13_stages.ipynb #13-022
 @contextmanager
