@@ -153,7 +153,8 @@ def architecture(
     if Path(name).suffix != ".json" and name not in known:
         raise BadInput(f"rl.reward_model={given(name)}: expected one of open_clip's {len(known)} architectures, "
                        "such as ViT-H-14 or ViT-B-32, or a .json file of one")
-    raw = open_clip.get_model_config(name) if name in known else read_json(name)
+    try: raw = open_clip.get_model_config(name) if name in known else read_json(name)
+    except BadInput as e: raise BadInput(f"rl.reward_model: {e}") from None
     table = raw["model_cfg"] if isinstance(raw.get("model_cfg"), dict) else raw
     if not all(isinstance(table.get(k), dict) for k in ("vision_cfg", "text_cfg")):
         raise BadInput(f"{field}: no two towers in it; expected a table with embed_dim, vision_cfg and text_cfg")
