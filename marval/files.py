@@ -128,7 +128,7 @@ def check_writable(
     "Prove that `atomic_write` can write there; nothing is left behind. Raises `BadInput` where it can't."
     path = Path(path)
     with writing(path):
-        _refuse_special(path)
+        refuse_special(path)
         _new_temp(path).unlink()
 
 # %% ../nbs/00_files.ipynb #00-022
