@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "slurm" / "launch.py"
+SLOW_FIXTURES = {"runs"}
 WEIGHTS = ("teacher.safetensors", "student.safetensors", "student_rl.safetensors",
            "judges/reward.safetensors", "judges/heldout.safetensors", "judges/clip.safetensors")
 
@@ -65,6 +66,12 @@ def digests(out: Path, names=WEIGHTS) -> dict: return {name: hashlib.sha256((out
 
 
 def contents(folder: Path) -> dict: return {p.relative_to(folder): (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def pytest_collection_modifyitems(items):
+    "Tests that ask for a fixture which takes minutes are slow."
+    for item in items:
+        if SLOW_FIXTURES.intersection(item.fixturenames): item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session", autouse=True)

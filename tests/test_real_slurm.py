@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import LAUNCH, digests, environment
 
+pytestmark = pytest.mark.slow
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
 PATH = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])      # daemons live where only root looks
 CONF = """
