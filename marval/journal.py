@@ -6,21 +6,27 @@
 __all__ = ['image_grid', 'save_png', 'read_log', 'Journal', 'progress_bar']
 
 # %% ../nbs/06c_journal.ipynb #06-002
-import json, math, os, sys
+import json
+import math
+import os
+import stat
+import sys
 from pathlib import Path
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from .border import BadInput
 from .files import atomic_write, ensure_folder, writing
 
 # %% ../nbs/06c_journal.ipynb #06-005
-def image_grid(images: Tensor,    # [B, C, H, W] in [0, 1], C = 1 or 3
-               columns: int = 10, # tiles a row
-               least: int = 32,   # smaller tiles are enlarged by a whole factor to at least so many pixels
-               gap: int = 2,      # grey pixels between tiles
-               ):                 # uint8 array [height, width, C]
+def image_grid(
+    images: Tensor,    # [B, C, H, W] in [0, 1], C = 1 or 3
+    columns: int = 10, # tiles a row
+    least: int = 32,   # smaller tiles are enlarged by a whole factor to at least so many pixels
+    gap: int = 2,      # grey pixels between tiles
+):                     # uint8 array [height, width, C]
     r"Tiles in reading order, $\lfloor 255 x + \frac12 \rfloor$."
     b, c, h, w = images.shape
     columns, k = min(columns, b), max(1, math.ceil(least / h))
@@ -31,52 +37,90 @@ def image_grid(images: Tensor,    # [B, C, H, W] in [0, 1], C = 1 or 3
     return (sheet * 255 + 0.5).to(torch.uint8).numpy()
 
 
-def save_png(path: Path | str, # where
-             grid,             # uint8 array [height, width, C], as `image_grid` makes it
-             ) -> None:
+def save_png(
+    path: Path | str, # where
+    grid,             # uint8 array [height, width, C], as `image_grid` makes it
+) -> None:
     "A PNG file, atomically. Raises `BadInput` where the system refuses."
     from PIL import Image
     picture = Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid)
     atomic_write(path, lambda p: picture.save(p, format="PNG"))
 
 # %% ../nbs/06c_journal.ipynb #06-008
-_LOG = "log.jsonl"
+_LOG, _ASIDE = "log.jsonl", "log.damaged.jsonl"
+_LONGEST = 1 << 16  # bytes of a row
+
+
+def _row(line):
+    "A row of the log, a dictionary of numbers with a step; None for anything else."
+    if not line.endswith(b"\n"): return None
+    try: row = json.loads(line)
+    except (ValueError, RecursionError): return None
+    if not isinstance(row, dict) or any(type(v) not in (int, float) for v in row.values()): return None
+    return row if type(row.get("step")) is int and row["step"] >= 0 else None
+
+
+def _lines(file):
+    """Yield each line of an open binary file with its row, or None. Longer lines come in pieces, which are no
+    rows."""
+    inside = False
+    while line := file.readline(_LONGEST):
+        yield line, None if inside else _row(line)
+        inside = not line.endswith(b"\n")
+
+
+def _open_log(folder):
+    "The log, open for reading and appending: a regular file, and no link to one."
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with writing(folder/_LOG): fd = os.open(folder/_LOG, flags, 0o666)
+    if stat.S_ISREG(os.fstat(fd).st_mode): return os.fdopen(fd, "r+b")
+    os.close(fd)
+    raise BadInput(f"cannot write {folder/_LOG}: not a regular file; expected one, or none")
+
+
+def _put_aside(file, folder, rows):
+    "Keep a damaged log under another name; a new one, open, with the rows that are good."
+    file.close()
+    os.replace(folder/_LOG, folder/_ASIDE)
+    atomic_write(folder/_LOG, lambda p: p.write_bytes(rows))
+    return _open_log(folder)
 
 # %% ../nbs/06c_journal.ipynb #06-009
-def read_log(folder: Path | str,  # folder of a stage
-             ) -> list[dict]:     # rows, oldest first
-    "The rows of `log.jsonl`; a last line that a killed process left incomplete is passed over."
-    rows, path = [], Path(folder)/_LOG
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try: rows.append(json.loads(line))
-        except ValueError: break
-    return rows
+def read_log(
+    folder: Path | str,  # folder of a stage
+) -> list[dict]:         # rows, oldest first
+    "The rows of `log.jsonl`. What is no row is passed over; no log has no rows."
+    path = Path(folder)/_LOG
+    if not path.is_file(): return []
+    with open(path, "rb") as f: return [row for _, row in _lines(f) if row]
 
 # %% ../nbs/06c_journal.ipynb #06-010
 class Journal:
-    "Log, TensorBoard and pictures of one stage; keeps the file open. Raises `BadInput` where the system refuses to write."
+    """Log, TensorBoard and pictures of one stage; keeps the file open. Raises `BadInput` where the system
+    refuses to write."""
     def __init__(self, folder: Path): # of the stage; it exists
-        self.folder, self.board = folder, None
-        with writing(folder): self.file = open(folder/_LOG, "a+", encoding="utf-8")
+        self.folder = folder
+        self.board = None
+        self.file = _open_log(folder)
 
     def __enter__(self): return self
 
     def __exit__(self, kind, *_):
         for f in (self.file, self.board):
             try: f and f.close()
-            except OSError:                                              # what could not be written was reported already
+            except OSError:  # what could not be written was reported already
                 if kind is None: raise
 
     def resume(self, step: int): # that of the checkpoint; -1 = none
         "Keep the rows up to `step`, drop what follows."
-        end = 0
         self.file.seek(0)
-        for line in iter(self.file.readline, ""):
-            try: keep = line.endswith("\n") and json.loads(line)["step"] <= step
-            except ValueError: keep = False                              # what a killed process or a power cut left
-            if not keep: break
-            end = self.file.tell()
-        with writing(self.folder): self.file.truncate(end)
+        lines = [line for line, row in _lines(self.file) if row and row["step"] <= step]
+        rows = b"".join(lines)
+        self.file.seek(0)
+        begins_so = self.file.read(len(rows)) == rows
+        with writing(self.folder):
+            if begins_so: self.file.truncate(len(rows))
+            else: self.file = _put_aside(self.file, self.folder, rows)
         try: from torch.utils.tensorboard import SummaryWriter
         except ImportError: return
         with writing(self.folder): self.board = SummaryWriter(self.folder/"tb", purge_step=step + 1)
@@ -84,7 +128,8 @@ class Journal:
     def row(self, step: int, seconds: float, values: dict[str, float]): # numbers, by name
         "One line of the log."
         with writing(self.folder):
-            self.file.write(json.dumps(dict(step=step, seconds=round(seconds, 3), **values)) + "\n")
+            row = json.dumps(dict(step=step, seconds=round(seconds, 3), **values))
+            self.file.write(row.encode() + b"\n")
             self.file.flush()
             for k, v in values.items() if self.board else (): self.board.add_scalar(k, v, step)
 
@@ -101,14 +146,18 @@ class Journal:
         with writing(self.folder): os.fsync(self.file.fileno())
 
 # %% ../nbs/06c_journal.ipynb #06-014
-def progress_bar(name: str,       # what stands before it
-                 step: int,       # done already
-                 iterations: int, # all
-                 progress: bool,  # whether to show it
-                 ):               # tqdm's, with `update` and `set_postfix_str`
+def progress_bar(
+    name: str,       # what stands before it
+    step: int,       # done already
+    iterations: int, # all
+    progress: bool,  # whether to show it
+):                   # tqdm's, with `update` and `set_postfix_str`
     "A tqdm bar that fits where it is shown."
     from tqdm import tqdm
     tty, columns = sys.stderr.isatty(), os.environ.get("COLUMNS", "")
-    width = int(columns) if columns.isdigit() and int(columns) else None
-    return tqdm(total=iterations, initial=step, desc=name, disable=not progress, file=sys.stderr, smoothing=0.1, bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
-                ncols=width or (None if tty else 100), dynamic_ncols=tty and not width, mininterval=0.2 if tty or width else 10)
+    width = int(columns) if columns.isascii() and columns.isdigit() and len(columns) < 5 else 0
+    return tqdm(
+        total=iterations, initial=step, desc=name, disable=not progress, file=sys.stderr, smoothing=0.1,
+        bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+        ncols=width or (None if tty else 100), dynamic_ncols=tty and not width,
+        mininterval=0.2 if tty or width else 10)

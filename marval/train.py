@@ -7,7 +7,12 @@ __all__ = ['Stage', 'step_seed', 'step_generator', 'batch_indices', 'Data', 'Res
            'clip_and_step', 'EMA', 'trainable', 'frozen', 'consolidated', 'Diverged', 'Watched', 'Interrupted', 'fit']
 
 # %% ../nbs/07_train.ipynb #07-003
-import copy, hashlib, math, signal, threading, time
+import copy
+import hashlib
+import math
+import signal
+import threading
+import time
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +26,8 @@ from .config import BadInput, ComputeConfig, Config, LogConfig
 from .files import ensure_folder
 from .journal import Journal, progress_bar
 from .mar import MAR, unpatchify
-from .parallel import agree, anyone, clip_gradients, gathered, is_shared, mean, on_first, own_rows, rank, shard, shares, sum_gradients, whole_state
+from .parallel import (agree, anyone, clip_gradients, gathered, is_shared, mean, on_first, own_rows,
+                             rank, shard, shares, sum_gradients, whole_state)
 from .sampling import Draw, draw_noise, random_orders, sample
 
 # %% ../nbs/07_train.ipynb #07-004
@@ -32,29 +38,40 @@ class Stage(Protocol):
     student: nn.Module # the network that pictures and measures are drawn with
     baseline: bool     # measure before the first step, too?
 
-    def modules(self) -> dict[str, nn.Module]: "Everything with weights or buffers that must survive, running averages included."
-    def optimizers(self) -> dict[str, torch.optim.Optimizer]: "All optimisers, by name."
-    def step(self, i: int, generator: torch.Generator) -> dict[str, Tensor]: "One whole update. Returns 0-d tensors to log, `loss` first; never waits for the device."
-    def pictures(self, i: int) -> Tensor | None: "[B, C, H, W] images in [0, 1] on noise of their own, the same at every call; or nothing."
-    def measure(self, i: int) -> dict[str, float]: "Figures worth a curve, as in `{'fd': 2.9}`; may be empty."
-    def heed(self, i: int, figures: dict[str, float]) -> None: "What to make of them, after step i; all ranks are told the same. To end the stage here, set `iterations` to i."
+    def modules(self) -> dict[str, nn.Module]:
+        "Everything with weights or buffers that must survive, running averages included."
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        "All optimisers, by name."
+    def step(self, i: int, generator: torch.Generator) -> dict[str, Tensor]:
+        "One whole update. Returns 0-d tensors to log, `loss` first; never waits for the device."
+    def pictures(self, i: int) -> Tensor | None:
+        "[B, C, H, W] images in [0, 1] on noise of their own, the same at every call; or nothing."
+    def measure(self, i: int) -> dict[str, float]:
+        "Figures worth a curve, as in `{'fd': 2.9}`; may be empty."
+    def heed(self, i: int, figures: dict[str, float]) -> None:
+        """What to make of them, after step i; all ranks are told the same. To end the stage here, set
+        `iterations` to i."""
 
 # %% ../nbs/07_train.ipynb #07-007
-def step_seed(seed: int, # seed of the run
-              name: str, # what the numbers are for, as in `teacher`
-              i: int,    # number of the step
-              ) -> int:  # 0 to 2^63 - 1
-    r"$\lfloor \mathrm{SHA256}(\text{seed}/\text{name}/i)_{0:8} / 2 \rfloor$: equal on every machine, unrelated for neighbours."
+def step_seed(
+    seed: int, # seed of the run
+    name: str, # what the numbers are for, as in `teacher`
+    i: int,    # number of the step
+) -> int:      # 0 to 2^63 - 1
+    r"""$\lfloor \mathrm{SHA256}(\text{seed}/\text{name}/i)_{0:8} / 2 \rfloor$: equal on every machine,
+    unrelated for neighbours."""
     digest = hashlib.sha256(f"{seed}/{name}/{i}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def step_generator(seed: int,          # seed of the run
-                   name: str,          # the stage
-                   i: int,             # number of the step
-                   device="cpu",       # where the numbers are drawn
-                   ) -> torch.Generator: # for everything that step i draws explicitly
-    "Re-seeds torch's global generators (dropout draws from them) and returns a fresh one; the two streams are unrelated."
+def step_generator(
+    seed: int,         # seed of the run
+    name: str,         # the stage
+    i: int,            # number of the step
+    device="cpu",      # where the numbers are drawn
+) -> torch.Generator:  # for everything that step i draws explicitly
+    """Re-seeds torch's global generators (dropout draws from them) and returns a fresh one; the two streams
+    are unrelated."""
     torch.manual_seed(step_seed(seed, name + "/global", i))
     return torch.Generator(device).manual_seed(step_seed(seed, name, i))
 
@@ -66,14 +83,16 @@ def _permutation(n, seed, name, epoch, device):
     return torch.randperm(n, generator=g).to(device)
 
 # %% ../nbs/07_train.ipynb #07-011
-def batch_indices(n: int,       # images in the data set
-                  batch: int,   # B, images a step, over all processes
-                  i: int,       # number of the step
-                  seed: int,    # seed of the run
-                  name: str,    # the stage
-                  device="cpu", # where the data live
-                  ) -> Tensor:  # [B] rows, long
-    r"$\pi_{\lfloor j/n\rfloor}(j \bmod n)$ for $j = iB, \dots, (i+1)B-1$, with $\pi_e$ the permutation of epoch $e$."
+def batch_indices(
+    n: int,       # images in the data set
+    batch: int,   # B, images a step, over all processes
+    i: int,       # number of the step
+    seed: int,    # seed of the run
+    name: str,    # the stage
+    device="cpu", # where the data live
+) -> Tensor:      # [B] rows, long
+    r"""$\pi_{\lfloor j/n\rfloor}(j \bmod n)$ for $j = iB, \dots, (i+1)B-1$, with $\pi_e$ the permutation of
+    epoch $e$."""
     parts, j, end = [], i * batch, (i + 1) * batch
     while j < end:
         epoch, first = divmod(j, n)
@@ -84,19 +103,25 @@ def batch_indices(n: int,       # images in the data set
 # %% ../nbs/07_train.ipynb #07-014
 class Data(Protocol):
     "Labelled images, as tokens."
-    def feed(self, batch: int,  # B, images a step, over all R processes
-             seed: int,         # seed of the run
-             name: str,         # the stage
-             device="cpu",      # where they are wanted
-             ) -> Callable[[int], tuple[Tensor, Tensor]]: # step i -> tokens [B / R, L, D], labels [B / R]
+    def feed(
+        self,
+        batch: int,    # B, images a step, over all R processes
+        seed: int,     # seed of the run
+        name: str,     # the stage
+        device="cpu",  # where they are wanted
+    ) -> Callable[[int], tuple[Tensor, Tensor]]: # step i -> tokens [B / R, L, D], labels [B / R]
         ...
 
 
 class Resident:
     "Data that lie in memory, taken in the order of `batch_indices`."
-    def __init__(self, tokens: Tensor, # [n, L, D] images as tokens
-                 labels: Tensor,       # [n] their classes, long
-                 ): self.tokens, self.labels = tokens, labels
+    def __init__(
+        self,
+        tokens: Tensor, # [n, L, D] images as tokens
+        labels: Tensor, # [n] their classes, long
+    ):
+        self.tokens = tokens
+        self.labels = labels
 
     def feed(self, batch, seed, name, device="cpu"):
         "See `Data`."
@@ -107,23 +132,26 @@ class Resident:
         return read
 
 # %% ../nbs/07_train.ipynb #07-017
-def lr_factor(i: int,                  # number of the step, from 0
-              iterations: int,         # steps of the whole stage
-              warmup: int = 0,         # W, steps of warm-up
-              decay_from: float = 1.0, # share of the run after which the rate falls; 1 = it doesn't
-              decay_to: float = 1.0,   # what is left of it at the last step
-              ) -> float:              # factor on the learning rate
-    r"$\min(1, \frac{i+1}{W}) \cdot \big(1 - (1-e)\max(0, \frac{s-d}{1-d})\big)$, $s = \frac{i+1}{\text{iterations}}$, $d$ = `decay_from`, $e$ = `decay_to`."
+def lr_factor(
+    i: int,                  # number of the step, from 0
+    iterations: int,         # steps of the whole stage
+    warmup: int = 0,         # W, steps of warm-up
+    decay_from: float = 1.0, # share of the run after which the rate falls; 1 = it doesn't
+    decay_to: float = 1.0,   # what is left of it at the last step
+) -> float:                  # factor on the learning rate
+    r"""$\min(1, \frac{i+1}{W}) \cdot \big(1 - (1-e)\max(0, \frac{s-d}{1-d})\big)$, $s =
+    \frac{i+1}{\text{iterations}}$, $d$ = `decay_from`, $e$ = `decay_to`."""
     warm = min(1.0, (i + 1) / warmup) if warmup else 1.0
     late = max(0.0, ((i + 1) / iterations - decay_from) / (1 - decay_from)) if decay_from < 1 else 0.0
     return warm * (1 - (1 - decay_to) * late)
 
 # %% ../nbs/07_train.ipynb #07-020
-def make_adamw(module: nn.Module,          # what to train: its parameters that require a gradient
-               lr: float,                  # learning rate
-               betas: tuple[float, float], # decay of the averages of gradient and squared gradient
-               weight_decay: float,        # on matrices outside the diffusion head
-               ) -> torch.optim.AdamW:
+def make_adamw(
+    module: nn.Module,          # what to train: its parameters that require a gradient
+    lr: float,                  # learning rate
+    betas: tuple[float, float], # decay of the averages of gradient and squared gradient
+    weight_decay: float,        # on matrices outside the diffusion head
+) -> torch.optim.AdamW:
     "AdamW in MAR's two groups, without and with weight decay."
     named = [(k, p) for k, p in module.named_parameters() if p.requires_grad]
     decayed = [p for k, p in named if p.ndim > 1 and not k.endswith(".bias") and "diffloss" not in k]
@@ -132,12 +160,14 @@ def make_adamw(module: nn.Module,          # what to train: its parameters that 
     return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), fused=True)
 
 
-def clip_and_step(opt: torch.optim.Optimizer, # gradients are there already
-                  params,                     # the parameters whose joint norm counts
-                  clip: float,                # largest norm
-                  lr: float,                  # learning rate of this step
-                  ) -> Tensor:                # 0-d, norm before clipping
-    r"$g \leftarrow \sum_{\text{ranks}} g$, $g \leftarrow g \cdot \min(1, \text{clip} / \lVert g\rVert)$, then one update; gradients are cleared. Nothing waits for the device."
+def clip_and_step(
+    opt: torch.optim.Optimizer, # gradients are there already
+    params,                     # the parameters whose joint norm counts
+    clip: float,                # largest norm
+    lr: float,                  # learning rate of this step
+) -> Tensor:                    # 0-d, norm before clipping
+    r"""$g \leftarrow \sum_{\text{ranks}} g$, $g \leftarrow g \cdot \min(1, \text{clip} / \lVert g\rVert)$,
+    then one update; gradients are cleared. Nothing waits for the device."""
     params = list(params)
     sum_gradients(params)
     norm = clip_gradients(params, clip)
@@ -148,11 +178,15 @@ def clip_and_step(opt: torch.optim.Optimizer, # gradients are there already
 
 # %% ../nbs/07_train.ipynb #07-024
 class EMA:
-    r"$\bar\theta \leftarrow d\,\bar\theta + (1-d)\,\theta$; `.module` is a network with the averaged weights, in evaluation mode."
-    def __init__(self, module: nn.Module, # where the average starts
-                 decay: float,            # d
-                 ):
-        self.module, self.decay = copy.deepcopy(module).eval().requires_grad_(False), decay
+    r"""$\bar\theta \leftarrow d\,\bar\theta + (1-d)\,\theta$; `.module` is a network with the averaged
+    weights, in evaluation mode."""
+    def __init__(
+        self,
+        module: nn.Module, # where the average starts
+        decay: float,      # d
+    ):
+        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+        self.decay = decay
 
     @torch.no_grad()
     def update(self, module: nn.Module):  # the network after its step; its buffers are copied, not averaged
@@ -161,14 +195,19 @@ class EMA:
         for mine, new in zip(self.module.buffers(), module.buffers()): mine.copy_(new)
 
 # %% ../nbs/07_train.ipynb #07-027
-def trainable(start: MAR,           # on its device; becomes the trained network itself
-              compute: ComputeConfig, # how steps are computed
-              s,                    # settings of its stage: beta1, beta2, weight_decay, ema
-              lr: float,            # learning rate
-              averaged=True,        # whether to keep a running average
-              ) -> tuple[MAR, torch.optim.AdamW, EMA | None]:
-    "Network, optimiser and running average, ready for the first step. Raises `BadInput` for a network whose matrices were rounded, as `frozen` does."
-    if len(found := {str(p.dtype).removeprefix("torch.") for p in start.parameters()}) > 1: raise BadInput(f"a network with parameters in {' and '.join(sorted(found))} can't be trained; expected one type, as before `frozen`")
+def trainable(
+    start: MAR,             # on its device; becomes the trained network itself
+    compute: ComputeConfig, # how steps are computed
+    s,                      # settings of its stage: beta1, beta2, weight_decay, ema
+    lr: float,              # learning rate
+    averaged=True,          # whether to keep a running average
+) -> tuple[MAR, torch.optim.AdamW, EMA | None]:
+    """Network, optimiser and running average, ready for the first step. Raises `BadInput` for a network whose
+    matrices were rounded, as `frozen` does."""
+    found = {str(p.dtype).removeprefix("torch.") for p in start.parameters()}
+    if len(found) > 1:
+        raise BadInput(f"a network with parameters in {' and '.join(sorted(found))} can't be trained; "
+                       "expected one type, as before `frozen`")
     model = start.requires_grad_(True)
     model.recompute = compute.recompute == "blocks"
     average = EMA(model, s.ema) if averaged else None
@@ -177,24 +216,35 @@ def trainable(start: MAR,           # on its device; becomes the trained network
     return model, make_adamw(model, lr, (s.beta1, s.beta2), s.weight_decay), average
 
 
+_BACKEND = "inductor"  # of torch.compile
+
+
 def _compiled(model, compute):
-    for block in model.blocks if compute.compile == "on" else (): block.compile(backend=_BACKEND)
+    "Its blocks compiled, if that is asked for."
+    if compute.compile == "on":
+        for block in model.blocks: block.compile(backend=_BACKEND)
     return model
 
-
-def frozen(model: MAR,            # a network that is only asked; changed in place
-           compute: ComputeConfig, # how steps are computed
-           kept=False,            # whether its weights will be saved, and must stay as they are
-           ) -> MAR:              # the same
-    "In evaluation mode, without gradients, sharded and compiled as trained ones are. Where `autocast` would round its matrices to bf16 at every use, they are rounded once: the results are the same bits, from half the memory. To be used under `autocast` alone."
-    for layer in model.modules() if compute.precision == "bf16" and not kept else ():
-        if isinstance(layer, nn.Linear): layer.to(torch.bfloat16)
+# %% ../nbs/07_train.ipynb #07-027a
+def frozen(
+    model: MAR,             # a network that is only asked; changed in place
+    compute: ComputeConfig, # how steps are computed
+    kept=False,             # whether its weights will be saved, and must stay as they are
+) -> MAR:                   # the same
+    """In evaluation mode, without gradients, sharded and compiled as trained ones are. Where `autocast` would
+    round its matrices to bf16 at every use, they are rounded once: the results are the same bits, from half
+    the memory. To be used under `autocast` alone."""
+    if compute.precision == "bf16" and not kept:
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear): layer.to(torch.bfloat16)
     return _compiled(shard(model.eval().requires_grad_(False), compute.sharding), compute)
 
 
-def consolidated(model: MAR,    # sharded or not
-                 ) -> MAR | None: # on rank 0: a network that `save_weights` takes, on the CPU if it was put together for this; elsewhere None, if sharded
-    "All ranks call, at the end of a stage: the whole network. The same one, at no cost, where nothing is sharded."
+def consolidated(
+    model: MAR,     # sharded or not
+) -> MAR | None:    # on rank 0: a network that `save_weights` takes; elsewhere None, if sharded
+    """All ranks call, at the end of a stage: the whole network, on the CPU if it was put together for this.
+    The same one, at no cost, where nothing is sharded."""
     if not any(map(is_shared, model.parameters())): return model
     state = whole_state(model)
     if rank(): return None
@@ -202,20 +252,21 @@ def consolidated(model: MAR,    # sharded or not
     whole.load_state_dict(state, assign=True)
     return whole.eval()
 
-
-_BACKEND = "inductor"  # of torch.compile
-
 # %% ../nbs/07_train.ipynb #07-032
 _LOG_EVERY = 10
 
 
 def _means(window, name, step):
-    "The window's mean values over steps and ranks, as floats: the one place where the loop waits for the device. Raises `Diverged`."
+    """The window's mean values over steps and ranks, as floats: the one place where the loop waits for the
+    device. Raises `Diverged`."""
     if not window: return {}
-    values = mean(torch.stack([torch.stack([w[k].double() for w in window]).mean() for k in window[0]])).tolist()
+    over_steps = [torch.stack([w[k].double() for w in window]).mean() for k in window[0]]
+    values = mean(torch.stack(over_steps)).tolist()
     means = dict(zip(window[0], values))
     for k, v in means.items():
-        if not math.isfinite(v): raise Diverged(f"{name}: {k} is {v} by step {step}; nothing was saved since the last checkpoint; try a lower learning rate")
+        if not math.isfinite(v):
+            raise Diverged(f"{name}: {k} is {v} by step {step}, which was not saved; start the stage over "
+                           f"with a lower learning rate: --redo {name} --set {name}.lr=...")
     return means
 
 # %% ../nbs/07_train.ipynb #07-033
@@ -227,31 +278,36 @@ class Watched:
     "How a stage's `student` is drawn, pictured and measured as training goes on."
     student: MAR
     baseline = False
-
-    def __init__(self, cfg: Config,     # the whole configuration; `cfg.sampling`, `cfg.model`, `cfg.log` and `cfg.evaluate.batch` are used
-                 draw: Draw,            # how the student draws a token
-                 decode=None,           # latents [B, C, H, W] -> images in [0, 1]; None = the latents are pixels in [-1, 1]
-                 measure_fn=None,       # (images, labels [B]) -> {name: value}, called every `log.metric_every` steps
-                 device="cpu",          # where everything lives
-                 ):
+    def __init__(
+        self,
+        cfg: Config,     # the whole configuration; its sampling, model, log and evaluate.batch are used
+        draw: Draw,      # how the student draws a token
+        decode=None,     # latents [B, C, H, W] -> images in [0, 1]; None = the latents are pixels in [-1, 1]
+        measure_fn=None, # (images, labels [B]) -> {name: value}, called every `log.metric_every` steps
+        device="cpu",    # where everything lives
+    ):
         self.cfg, self.draw, self.measure_fn, self.device = cfg, draw, measure_fn, device
         self.decode = decode or (lambda z: ((z + 1) / 2).clamp(0, 1))
 
     @torch.no_grad()
-    def images(self, n: int,     # how many
-               seed: int,        # of orders and noise, the same at every call
-               classes: int = 0, # so many classes in turn, from all over the list; 0 = all
-               ) -> tuple[Tensor, Tensor]: # images [n, C, H, W] in [0, 1], labels [n]
+    def images(
+        self,
+        n: int,           # how many
+        seed: int,        # of orders and noise, the same at every call
+        classes: int = 0, # so many classes in turn, from all over the list; 0 = all
+    ) -> tuple[Tensor, Tensor]: # images [n, C, H, W] in [0, 1], labels [n]
         "Images of the student as it is now, `evaluate.batch` at a time."
         m, s, b = self.cfg.model, self.cfg.sampling, self.cfg.evaluate.batch
         g, classes = torch.Generator(self.device).manual_seed(seed), classes or m.class_num
         labels = torch.arange(n, device=self.device) % classes * m.class_num // classes
         orders = random_orders(n, m.seq_len, generator=g, device=self.device)
-        noise = draw_noise(n, m.seq_len, s.K, m.token_dim, self.draw.rounds, generator=g, device=self.device, dtype=self.student.mask_token.dtype, reveal=s.reveal)
+        noise = draw_noise(n, m.seq_len, s.K, m.token_dim, self.draw.rounds, generator=g, device=self.device,
+                           dtype=self.student.mask_token.dtype, reveal=s.reveal)
         noise, parts = [z.unflatten(1, (n, -1)) for z in noise], []
         for i in range(0, n, b):
             mine = [z[:, i:i + b].flatten(1, 2) for z in noise]
-            tokens = sample(self.student, labels[i:i + b], self.draw, s.K, s.cfg, s.cfg_schedule, orders=orders[i:i + b], noise=mine, reveal=s.reveal)
+            tokens = sample(self.student, labels[i:i + b], self.draw, s.K, s.cfg, s.cfg_schedule,
+                            orders=orders[i:i + b], noise=mine, reveal=s.reveal)
             parts.append(self.decode(unpatchify(tokens, m.patch_size)))
         return torch.cat(parts), labels
 
@@ -262,7 +318,8 @@ class Watched:
     def measure(self, i: int) -> dict[str, float]:
         "What `measure_fn` says of `log.metric_n` images, four of a class at least."
         n = self.cfg.log.metric_n
-        return self.measure_fn(*self.images(n, seed=1, classes=min(self.cfg.model.class_num, max(1, n // 4)))) if self.measure_fn else {}
+        if not self.measure_fn: return {}
+        return self.measure_fn(*self.images(n, seed=1, classes=min(self.cfg.model.class_num, max(1, n // 4))))
 
     def heed(self, i: int, figures: dict[str, float]) -> None:
         "Nothing: curves are for people."
@@ -273,7 +330,8 @@ class Interrupted(Exception):
 
 # %% ../nbs/07_train.ipynb #07-039
 class _Signals:
-    "Notes SIGINT and SIGTERM in `.came` while open. Python delivers signals to the main thread alone; elsewhere this does nothing."
+    """Notes SIGINT and SIGTERM in `.came` while open. Python delivers signals to the main thread alone;
+    elsewhere this does nothing."""
     def __enter__(self):
         self.came, self.before = False, {}
         if threading.current_thread() is threading.main_thread():
@@ -283,43 +341,42 @@ class _Signals:
     def _note(self, *_): self.came = True
 
     def __exit__(self, *_):
-        for s, handler in self.before.items(): signal.signal(s, handler if handler is not None else signal.SIG_DFL)
+        for s, handler in self.before.items():
+            signal.signal(s, signal.SIG_DFL if handler is None else handler)
 
 # %% ../nbs/07_train.ipynb #07-041
-def fit(stage: Stage,      # what to train; filled from the checkpoint where there is one
-        folder: Path,      # for the checkpoint, log.jsonl, tb/ and samples/
-        seed: int,         # seed of the run
-        log: LogConfig,    # how often to save, draw and measure
-        device="cpu",      # where the stage lives
-        progress=True,     # show a bar
-        ) -> None:
-    """Train a stage to its end, from wherever its folder says it is. Returns at once if it is finished. Raises `Interrupted` after SIGINT or SIGTERM (saved),
-    `Diverged` if a logged value is not finite, `BadInput` for a checkpoint that doesn't fit or a folder that can't be written."""
+def fit(
+    stage: Stage,      # what to train; filled from the checkpoint where there is one
+    folder: Path,      # for checkpoints, log.jsonl, tb/ and samples/
+    seed: int,         # seed of the run
+    log: LogConfig,    # how often to save, draw and measure
+    device="cpu",      # where the stage lives
+    progress=True,     # show a bar
+) -> None:
+    """Train a stage to its end, from wherever its folder says it is. Returns at once if it is finished.
+    Raises `Interrupted` after SIGINT or SIGTERM (saved), `Diverged` if a logged value is not finite,
+    `BadInput` for a checkpoint that is damaged or doesn't fit, or a folder that can't be written."""
     folder = Path(folder)
     on_first(ensure_folder, folder)
     with on_first(Journal, folder) or nullcontext() as journal, _Signals() as signals:
-        last = on_first(newest, folder, stage.name, share=True)
-        step, spent, window = load_checkpoint(last, stage, seed, device)
-        agree(step, f"the step of {last}")
+        step, spent, window = _resume(stage, folder, seed, device)
         if step >= stage.iterations: return
         on_first(lambda: journal.resume(step or -1))
         start = time.monotonic() - spent
         seconds = lambda: time.monotonic() - start
         due = lambda every: every and (step % every == 0 or step == stage.iterations)
-
         def tell():
             nonlocal window
             means, window = _means(window, stage.name, step), []
             on_first(lambda: journal.row(step, seconds(), means))
             bar.set_postfix_str(f"loss {means['loss']:.4g}", refresh=False)
         def look():
-            def measured():
-                if figures := stage.measure(step): journal.row(step, seconds(), figures)
-                return figures
-            with gathered(stage.student): figures = on_first(measured, share=True)
+            with gathered(stage.student): figures = on_first(stage.measure, step, share=True)
+            if figures: on_first(lambda: journal.row(step, seconds(), figures))
             stage.heed(step, figures)
-            if step == stage.iterations and window: tell()                # the end has come between two rows
-
+            if step == stage.iterations and window: tell()  # the end has come between two rows
+        def draw():
+            if (images := stage.pictures(step)) is not None: journal.picture(step, images)
         if step == 0 and log.metric_every and stage.baseline: look()
         with progress_bar(stage.name, step, stage.iterations, progress and rank() == 0) as bar:
             while step < stage.iterations:
@@ -328,7 +385,7 @@ def fit(stage: Stage,      # what to train; filled from the checkpoint where the
                 if due(_LOG_EVERY): tell()
                 bar.update()
                 if due(log.sample_every):
-                    with gathered(stage.student): on_first(lambda: (images := stage.pictures(step)) is not None and journal.picture(step, images))
+                    with gathered(stage.student): on_first(draw)
                 if due(log.metric_every): look()
                 stop = anyone(signals.came)
                 if stop or due(log.checkpoint_every):
@@ -336,4 +393,18 @@ def fit(stage: Stage,      # what to train; filled from the checkpoint where the
                     _means(window, stage.name, step)
                     on_first(lambda: journal.sync())
                     save_checkpoint(folder, stage, seed, step, seconds(), window)
-                if stop: raise Interrupted(f"{stage.name} stopped at step {step} of {stage.iterations} and is saved; run the same command again to go on")
+                if stop: raise Interrupted(_STOPPED.format(stage.name, step, stage.iterations))
+
+# %% ../nbs/07_train.ipynb #07-041a
+_STOPPED = "{} stopped at step {} of {} and is saved; run the same command again to go on"
+
+
+def _resume(stage, folder, seed, device):
+    "Fill the stage from its last checkpoint: steps done, seconds spent, values not yet logged."
+    planned, last = stage.iterations, on_first(newest, folder, share=True)
+    step, spent, window = load_checkpoint(last, stage, seed, device)
+    agree(step, f"the step of {last}")
+    if not step <= stage.iterations <= planned:  # the stage may remember an end of its own
+        raise BadInput(f"{last} ends stage {stage.name} at step {stage.iterations}; "
+                       f"expected {step} to {planned}")
+    return step, spent, window

@@ -81,6 +81,13 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+def last_step(stage: Path) -> int:
+    "Steps done by the last checkpoint in a stage's folder; 0 = there is none."
+    from marval.checkpoint import newest, read_manifest
+    path = newest(stage)
+    return read_manifest(path).step if path else 0
+
+
 @pytest.fixture(scope="session")
 def launch():
     "slurm/launch.py as a module."

@@ -184,9 +184,9 @@ def test_killed_anywhere(small, trained, tmp_path):
     "The job is killed once in each stage, the command repeated: the same bits as the run that nobody disturbed."
     from conftest import wait_for
     out, command = tmp_path / "run", ["--scale", "tiny", "--cluster", "local", "--out", tmp_path / "run", *options(small, teacher=None), "model.class_num=5"]
-    for sign in ("state/teacher/checkpoint.pt", "state/distill/checkpoint.pt", "state/rl/checkpoint.pt"):
+    for sign in ("state/teacher/checkpoint-*", "state/distill/checkpoint-*", "state/rl/checkpoint-*"):
         started = Launched(*command)
-        wait_for(lambda: (out / sign).exists(), started.process)
+        wait_for(lambda: list(out.glob(sign)), started.process)
         started.signal(9)
         started.end()
         assert started.gone()

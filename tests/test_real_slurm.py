@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import LAUNCH, digests, environment
+from conftest import LAUNCH, digests, environment, last_step
 
 pytestmark = pytest.mark.slow
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
@@ -150,9 +150,7 @@ def jobs(out): return {stage: job for stage, job in re.findall(r"^(\w+) +job (\d
 
 def step(out, stage):
     "How far a stage's last checkpoint is; 0 = there is none."
-    import torch
-    path = out / "state" / stage / "checkpoint.pt"
-    return torch.load(path, weights_only=True)["step"] if path.exists() else 0
+    return last_step(out / "state" / stage)
 
 
 def test_found(cluster):
@@ -170,8 +168,7 @@ def test_taken_away_and_back(cluster, tmp_path):
     job = jobs(done.stdout)
     assert list(job) == ["teacher", "judges", "distill", "rl", "evaluate"]
     for stage, act in (("teacher", ("scancel", "--signal=USR2")), ("distill", ("scontrol", "requeue"))):
-        checkpoint = out / "state" / stage / "checkpoint.pt"
-        cluster.wait(checkpoint.exists, f"a checkpoint of {stage}")
+        cluster.wait(lambda: list((out / "state" / stage).glob("checkpoint-*")), f"a checkpoint of {stage}")
         cluster.tool(*act, job[stage])
         cluster.back_in_the_queue(job[stage])
         assert not (out / "state" / stage / "done.json").exists() and not list(out.rglob("*.tmp*"))

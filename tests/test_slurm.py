@@ -129,7 +129,7 @@ def test_jobs_run_fail_and_are_skipped(cluster, tmp_path):
     assert digests(out, ["teacher.safetensors"]) == digests(here, ["teacher.safetensors"])
     assert launch(env, "--scale", "smoke", "--out", out).returncode == 0           # what is finished is not submitted again
     assert flags(book / "106.sh")["job-name"] == "marval-smoke-judges" and "dependency" not in flags(book / "106.sh")
-    shutil.copy(ROOT / "settings.ini", out / "state" / "teacher" / "checkpoint.pt")
+    for checkpoint in (out / "state" / "teacher").glob("checkpoint-*"): shutil.copy(ROOT / "settings.ini", checkpoint / "manifest.json")
     (out / "teacher.safetensors").unlink()
     assert job(env, book, 101).wait(600) == 2
     log = next((out / "state" / "jobs").rglob("101_submitted.pkl")).parent / "101_0_log.err"
@@ -142,8 +142,7 @@ def test_preempted_job_is_queued_again(cluster, tmp_path):
     out, here, cfg = tmp_path / "run", tmp_path / "here", ["teacher.iterations=600", "log.sample_every=600"]
     assert launch(env, "--scale", "smoke", "--stage", "teacher", "--out", out, "--set", *cfg).returncode == 0
     first = job(env, book, 101, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    checkpoint = out / "state" / "teacher" / "checkpoint.pt"
-    while not checkpoint.exists() and first.poll() is None: time.sleep(0.02)
+    while not list((out / "state" / "teacher").glob("checkpoint-*")) and first.poll() is None: time.sleep(0.02)
     pid = int((out / "state" / "lock").read_text())
     os.kill(pid, signal.SIGUSR2)
     assert first.wait(600) != 0 and (book / "calls").read_text() == "scontrol requeue 101\n" and not (out / "teacher.safetensors").exists()
