@@ -206,7 +206,12 @@ def _write_part(folder, number, tensors):
     "One file."
     from safetensors.torch import save_file
     path = folder/Part(rank(), number, 0, "").name
-    plain = {k: x.detach().cpu().contiguous() for k, x in tensors.items()}
+    plain, seen = {}, set()
+    for k, x in tensors.items():
+        x = x.detach().cpu().contiguous()
+        memory = x.untyped_storage().data_ptr()
+        plain[k] = x.clone() if memory in seen else x  # safetensors refuses tensors that share their memory
+        seen.add(memory)
     atomic_write(path, lambda p: save_file(plain, p))
     return Part(rank(), number, path.stat().st_size, sha256(path))
 

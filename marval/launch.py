@@ -240,6 +240,7 @@ class Job:
         except Exception:
             if not leave.asked: raise
             status, line = 130, ""                      # a rank that was left alone
+        if status == 1 and leave.asked: status, line = 130, ""
         if line: print(line, file=sys.stderr, flush=True)
         if status == 130: leave.linger()
         if status and job.global_rank: time.sleep(3)    # rank 0 says why before the others take it along

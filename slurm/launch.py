@@ -8,6 +8,7 @@
   python slurm/launch.py ... --nodes 4 --partition a100 --account me --time 1-00:00:00 --setup "module load cuda" --sbatch exclusive mail-user=me@home
   python slurm/launch.py --scale digits --stage distill       one stage, from what the run folder holds
   python slurm/launch.py --scale digits --set sampling.cfg=2 rl.anchor=0 --out runs/cfg2
+  python slurm/launch.py --scale digits --redo rl --set rl.lr=5e-5  start a stage over, with other settings
 
   python slurm/launch.py status RUN                           how far each stage is, and what Slurm says of its job
   python slurm/launch.py logs RUN [--stage S] [--lines N] [--follow]
@@ -52,6 +53,7 @@ def arguments(argv):
     p.add_argument("--out", metavar="DIR", help="run folder (default: runs/SCALE); on Slurm, where all nodes see it")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="seed of everything random (default: 0)")
     p.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    p.add_argument("--redo", metavar="STAGE", help="remove what this stage, and those that depend on it, have made in the run folder; then start")
     p.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="other values for single fields, as in distill.lr=1e-4")
     g = p.add_argument_group("files, for all scales but digits and smoke")
     g.add_argument("--data", metavar="DIR", help="images, DIR/CLASS/IMAGE")
@@ -180,11 +182,15 @@ def local(cfg, stages, out, r, again: str) -> int:
     return status
 
 
+def refuse_queued(out) -> None:
+    "Raise `BadInput` where jobs of this folder wait or run."
+    if queued := book.book_file(out).exists() and book.live(book.noted(out)[1]):
+        raise BadInput(f"{out} has jobs in the queue: {', '.join(j['job'] + ' ' + ' '.join(j['stages']) for j in queued)}; wait for them, or take them back: python slurm/launch.py cancel {out}")
+
+
 def slurm(cfg, stages, out, r) -> int:
     "Submit one job per unfinished stage, each to start when the one before has succeeded."
     import submitit
-    if queued := book.book_file(out).exists() and book.live(book.noted(out)[1]):
-        raise BadInput(f"{out} has jobs in the queue: {', '.join(j['job'] + ' ' + ' '.join(j['stages']) for j in queued)}; wait for them, or take them back: python slurm/launch.py cancel {out}")
     folder, jobs = ensure_folder(logs_folder(out)), []
     launch.forget_environment(r)
     for stage in (s for s in stages if pipeline.state(cfg, s, out) != "done"):
@@ -201,20 +207,21 @@ def slurm(cfg, stages, out, r) -> int:
     return 0
 
 
-def dry_run(cfg, stages, out, r, cluster) -> int:
+def dry_run(cfg, stages, out, r, cluster, redone=()) -> int:
     "Print the plan, and what sbatch would be given."
     from marval.report import show
-    print(show(pipeline.plan(cfg, stages, out)))
+    if redone: print(f"what these stages have made in {out} would be removed: {', '.join(redone)}\n")
+    print(show(pipeline.plan(cfg, stages, out, redone)))
     if r.gpus:
         from marval.plan import REACHED, forecast
         trained = tuple(s for s in stages if s != "teacher" or not cfg.teacher.checkpoint)
         if table := forecast(cfg, trained, r.gpus): print(f"\nmemory a GPU in GB, and days on {r.gpus} GPUs at {REACHED:.0%} of their bf16 peak (assumed)\n{show(table)}")
     print(f"\nfolder  {out}\ndata    {cfg.data.path or cfg.data.name}\nGPUs    {f'{r.gpus} ({r.nodes} x {r.gpus_per_node})' if r.gpus else 'none'}\ncluster {cluster}")
-    try: pipeline.check(cfg, stages, out)
+    try: pipeline.check(cfg, stages, out, redone)
     except BadInput as e: print(f"refused as it stands: {e}")
     if cluster == "local" and not r.gpus: return 0
     before, folder = "", out.absolute() / "state" / "jobs" / "LAUNCH"
-    for stage in (s for s in stages if pipeline.state(cfg, s, out) != "done"):
+    for stage in (s for s in stages if s in redone or pipeline.state(cfg, s, out) != "done"):
         after = [f"JOB_OF_{before.upper()}"] if before else []
         print(f"\n# ---- {stage}" + (f", after {before}" if before else "") + "\n" + launch.script(launch.sbatch_parameters(cfg, stage, r, after), folder).rstrip())
         before = stage
@@ -265,8 +272,9 @@ def start(argv) -> int:
     stages, out, r = pipeline.select(args.stage, cfg), Path(args.out or f"runs/{args.scale}"), launch.resources(args.scale, {k: getattr(args, k) for k in ASKED})
     cluster = pick_cluster(args.cluster, args.dry_run)
     launch.check_batches(cfg, stages, r)
-    if args.dry_run: return dry_run(cfg, stages, out, r, cluster)
-    if set(pipeline.check(cfg, stages, out).values()) == {"done"}:
+    redone = pipeline.dependants(args.redo, cfg) if args.redo is not None else ()
+    if args.dry_run: return dry_run(cfg, stages, out, r, cluster, redone)
+    if set(pipeline.check(cfg, stages, out, redone).values()) == {"done"} and not redone:
         print(f"{', '.join(stages)}: finished before; nothing to do in {out}")
         return 0
     if cluster == "local":
@@ -274,7 +282,14 @@ def start(argv) -> int:
         launch.check_batches(cfg, stages, r)
     ensure_folder(out)
     pipeline.lock(out).close()                          # in use? say so before a job is started
-    return slurm(cfg, stages, out, r) if cluster == "slurm" else local(cfg, stages, out, r, shlex.join(["python", sys.argv[0], *argv]))
+    if cluster == "slurm": refuse_queued(out)
+    if redone and (gone := pipeline.redo(args.redo, cfg, out)): print(f"removed from {out}: {', '.join(gone)}", flush=True)
+    return slurm(cfg, stages, out, r) if cluster == "slurm" else local(cfg, stages, out, r, shlex.join(["python", sys.argv[0], *without_redo(argv)]))
+
+
+def without_redo(argv):
+    "The same command, to go on with."
+    return [a for before, a in zip(["", *argv], argv) if before != "--redo" and a != "--redo" and not a.startswith("--redo=")]
 
 
 def main(argv=None) -> int:
