@@ -6,6 +6,7 @@
 __all__ = ['BODIES', 'SHARED', 'Plain', 'draw_images', 'evaluate']
 
 # %% ../nbs/13d_outcome.ipynb #13-003
+import hashlib
 import math
 from dataclasses import asdict
 from functools import partial
@@ -13,8 +14,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .config import Config
-from .files import atomic_write, ensure_folder, read_json, sha256, write_json
+from .config import BadInput, Config
+from .files import atomic_write, ensure_folder, open_regular, read_json, sha256, write_json
 from .journal import image_grid, progress_bar, save_png
 from .mar import MAR, unpatchify
 from .parallel import on_first
@@ -83,12 +84,24 @@ def _drawer(cfg, kind, device):
 
 # %% ../nbs/13d_outcome.ipynb #13-011
 def _drawn(path, make):
-    "Images from an earlier, interrupted evaluation, or new ones, kept."
-    from safetensors.torch import load_file, save_file
-    if not path.exists():
-        images = make()
-        atomic_write(path, lambda tmp: save_file({"images": images.cpu().contiguous()}, tmp))
-    return load_file(path)["images"]
+    "Images from an earlier, interrupted evaluation, if they are what was kept then, or new ones, kept."
+    from safetensors.torch import save_file
+    if (kept := _kept_images(path)) is not None: return kept
+    images = make().cpu().contiguous()
+    seal = {"sha256": hashlib.sha256(images.numpy().tobytes()).hexdigest()}
+    atomic_write(path, lambda tmp: save_file({"images": images}, tmp, metadata=seal))
+    return images
+
+
+def _kept_images(path):
+    "The images in a file, if they are those that were kept there; else nothing."
+    from safetensors import SafetensorError, safe_open
+    try:
+        open_regular(path).close()
+        with safe_open(path, framework="pt") as f:
+            images, seal = f.get_tensor("images"), (f.metadata() or {}).get("sha256")
+    except (BadInput, SafetensorError, OSError): return None
+    return images if hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest() == seal else None
 
 
 def _pictures(road, labels):
