@@ -44,8 +44,8 @@ def _asked(kind, value, name):
 def _length(labels):
     "How many labels there are; 0 for what has no length."
     try: return len(labels)
-    except TypeError: return 0
     except OverflowError: return math.inf
+    except Exception: return 0
 
 
 def _classes(labels, class_num):
@@ -112,7 +112,7 @@ class Sampler:
         if m.vae_stride > 1 and vae is None:
             what = f"weights for latents of a tokenizer with stride {m.vae_stride}"
             raise BadInput(f"{what}: expected vae (--vae), the file of its weights")
-        if vae is not None and not hasattr(vae, "decode"):
+        if vae is not None and not all(hasattr(vae, x) for x in ("decode", "stride", "channels")):
             raise BadInput(f"vae={given(vae)}: expected a tokenizer, as `load_vae` makes it")
         if vae is not None and (vae.stride, vae.channels) != (m.vae_stride, m.vae_embed_dim):
             what = f"a tokenizer with stride {vae.stride} and {vae.channels} channels"
@@ -211,9 +211,6 @@ def _read(path, device="cpu"):
     return load_weights(path, device), read_meta(path)
 
 # %% ../nbs/15_cli.ipynb #15-012
-_Parser = Parser
-
-
 def _typed(kind):
     "What argparse makes of one word: a value of a type, or a complaint in one line."
     def read(text):

@@ -9,9 +9,10 @@ __all__ = ['Schedule', 't_of_abar', 'q_sample', 'eps_to_score', 'score_to_eps', 
 # %% ../nbs/01_diffusion.ipynb #01-003
 import math
 from dataclasses import dataclass
+from typing import Annotated
 import torch
 from torch import Tensor
-from .config import BadInput
+from .border import BadInput, Range, fits, given
 
 # %% ../nbs/01_diffusion.ipynb #01-006
 class Schedule:
@@ -24,8 +25,10 @@ class Schedule:
                  dtype=torch.float32):   # their type, after the arithmetic
         abar = (1 - betas).cumprod(0)
         cast = lambda x: x.to(device=device, dtype=dtype)
-        self.exact, self.exact_abar, self.T, self._full = betas, abar, len(betas), None
-        self.betas, self.abar, self.a, self.sigma = cast(betas), cast(abar), cast(abar.sqrt()), cast((1 - abar).sqrt())
+        self.exact, self.exact_abar = betas, abar
+        self.T, self._full = len(betas), None
+        self.betas, self.abar = cast(betas), cast(abar)
+        self.a, self.sigma = cast(abar.sqrt()), cast((1 - abar).sqrt())
         self.log_snr = cast(abar.log() - (1 - abar).log())
 
     @classmethod
@@ -36,7 +39,8 @@ class Schedule:
                ) -> "Schedule":
         r"""$\beta_t=\min(1-f(\frac{t+1}{T})/f(\frac tT),\,0.999)$, $f(u)=\cos^2(\frac{u+.008}{1.008}\frac\pi2)$
         (Nichol and Dhariwal 2021, Eq. 17). Raises `BadInput` for T < 2."""
-        if T < 2: raise BadInput(f"T={T}: expected at least 2 diffusion steps")
+        if not fits(Annotated[int, Range(2, 10**6)], T):
+            raise BadInput(f"T={given(T)}: expected 2 to 1000000 diffusion steps")
         u = torch.arange(T + 1, dtype=torch.float64) / T
         f = ((u + 0.008) / 1.008 * math.pi / 2).cos() ** 2
         return cls((1 - f[1:] / f[:-1]).clamp(max=0.999), device, dtype)
@@ -49,11 +53,18 @@ class Schedule:
         return Schedule(self.exact, device or self.betas.device, dtype or self.betas.dtype)
 
 # %% ../nbs/01_diffusion.ipynb #01-012
+def _check_schedule(sched):
+    "Raise `BadInput` unless this is a noise schedule."
+    if not isinstance(sched, Schedule): raise BadInput(f"sched={given(sched)}: expected a Schedule")
+
+
 def t_of_abar(sched: Schedule,  # noise schedule
               abar: float,      # share of signal variance, strictly between 0 and 1
               ) -> int:         # the time nearest to it
     r"$\arg\min_t |\bar\alpha_t - \bar\alpha|$. Raises `BadInput` outside (0, 1)."
-    if not 0 < abar < 1: raise BadInput(f"abar={abar}: expected a number between 0 and 1")
+    _check_schedule(sched)
+    if not fits(Annotated[float, Range(0, 1, "()")], abar):
+        raise BadInput(f"abar={given(abar)}: expected a number between 0 and 1")
     return int((sched.exact_abar - abar).abs().argmin())
 
 # %% ../nbs/01_diffusion.ipynb #01-015
@@ -103,8 +114,10 @@ def x0_to_eps(sched: Schedule,  # noise schedule
 def respaced(T: int,           # diffusion steps of the schedule
              n: int,           # steps to keep
              ) -> list[int]:   # n original times, ascending
-    r"$t_i=\mathrm{round}\big(i\,\frac{T-1}{n-1}\big)$: evenly spread, both ends kept (guided-diffusion). Raises `BadInput` unless 1 <= n <= T."
-    if not 1 <= n <= T: raise BadInput(f"{n} chain steps: expected 1 to {T}")
+    r"""$t_i=\mathrm{round}\big(i\,\frac{T-1}{n-1}\big)$: evenly spread, both ends kept (guided-diffusion).
+    Raises `BadInput` unless 1 <= n <= T."""
+    if not fits(Annotated[int, Range(1, 10**6)], T): raise BadInput(f"T={given(T)}: expected 1 to 1000000")
+    if not fits(Annotated[int, Range(1, T)], n): raise BadInput(f"{given(n)} chain steps: expected 1 to {T}")
     return [round(i * (T - 1) / max(n - 1, 1)) for i in range(n)]
 
 
@@ -128,6 +141,7 @@ class Chain:
              ) -> "Chain":
         r"""$\beta_i=1-\bar\alpha_{t_i}/\bar\alpha_{t_{i-1}}$, $\tilde\beta=\beta\frac{1-\bar\alpha_{i-1}}{1-\bar\alpha_i}$, and $\Sigma^{1/2}=e^{h_0+h_1v}$
         with $h_0=\frac14(\log\beta+\log\tilde\beta)$, $h_1=\frac14(\log\beta-\log\tilde\beta)$. Raises `BadInput` unless 1 <= n <= T."""
+        _check_schedule(sched)
         ts = torch.tensor(respaced(sched.T, n))
         abar = sched.exact_abar[ts]
         prev = torch.cat([abar.new_ones(1), abar[:-1]])

@@ -9,9 +9,10 @@ __all__ = ['FastSampler']
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from .config import BadInput
+from .border import BadInput, given
 from .mar import unpatchify
-from .sampling import OneStep, TeacherChain, _check_inputs, cfg_at, draw_noise, random_orders, reveal_counts
+from .sampling import (
+    OneStep, TeacherChain, _check_inputs, _check_roles, cfg_at, draw_noise, random_orders, reveal_counts)
 
 # %% ../nbs/03b_fast.ipynb #03-006
 def _matrix(w, cast, fixed=True):
@@ -147,10 +148,16 @@ class FastSampler:
                  graph: bool = None,              # capture CUDA graphs; None = on a GPU, for one step: a chain of 100 makes a graph of some 300,000 kernels
                  reveal="cosine"):                # how many tokens at a time, see `sampling.reveal_counts`
         "Raises `BadInput` on a bad K, cfg, schedule or reveal, on another type, and on a drawer that it doesn't know."
-        m, self.device, self.model, self.draw, self.K, self.decode = model.cfg, model.mask_token.device, model, draw, K, decode
-        if not isinstance(draw, (OneStep, TeacherChain)): raise BadInput(f"draw of type {type(draw).__name__}: expected OneStep or TeacherChain")
-        self.dtype = dtype = dtype or model.mask_token.dtype
-        if dtype not in (torch.float32, torch.bfloat16, torch.float64): raise BadInput(f"dtype {dtype}: expected float32, bfloat16 or float64")
+        if not isinstance(draw, (OneStep, TeacherChain)):
+            raise BadInput(f"draw of type {type(draw).__name__}: expected OneStep or TeacherChain")
+        _check_roles(model, draw, None)
+        if decode is not None and not callable(decode):
+            raise BadInput(f"decode={given(decode)}: expected a function, or None")
+        m, self.device, self.model = model.cfg, model.mask_token.device, model
+        self.draw, self.K, self.decode = draw, K, decode
+        self.dtype = dtype = model.mask_token.dtype if dtype is None else dtype
+        if not isinstance(dtype, torch.dtype) or dtype not in (torch.float32, torch.bfloat16, torch.float64):
+            raise BadInput(f"dtype {given(dtype)}: expected float32, bfloat16 or float64")
         self.cfg, self.reveal, self.counts, self.graph = m, reveal, reveal_counts(m.seq_len, K, reveal), self.device.type == "cuda" and isinstance(draw, OneStep) if graph is None else graph
         self.state, self.null = torch.float64 if dtype == torch.float64 else torch.float32, draw.needs_null(cfg)
         cfgs = [cfg_at(cfg, cfg_schedule, m.seq_len, sum(self.counts[:k + 1])) for k in range(K)]
@@ -224,6 +231,7 @@ class FastSampler:
                ) -> Tensor:                         # tokens [B, L, D], or what `decode` makes of them
         "As `sampling.sample`, drawing the same numbers in the same sequence. Raises `BadInput` on bad labels, orders or noise."
         m, L = self.cfg, self.cfg.seq_len
+        _check_roles(self.model, self.draw, generator)
         _check_inputs(self.model, labels, self.draw, self.counts, orders, noise, 0)
         if orders is not None and not torch.equal(orders.sort(-1).values, torch.arange(L, device=orders.device).expand(len(orders), -1)):
             raise BadInput(f"orders: expected a permutation of 0 to {L - 1} in every row")

@@ -242,7 +242,7 @@ class MAR(nn.Module):
         return [*self.encoder_blocks, *self.decoder_blocks, *self.diffloss["net"].res_blocks]
 
     def _through(self, blocks, h):
-        "All blocks in turn; with `recompute`, each keeps its input alone and runs again in the backward pass."
+        "All blocks in turn; with `recompute`, each keeps its input and runs again in the backward pass."
         again = self.recompute and torch.is_grad_enabled()
         for block in blocks:
             if again: h = recompute(block, h, use_reentrant=False, preserve_rng_state=self.training)
@@ -328,6 +328,7 @@ def weights_meta(
 ) -> WeightsMeta:          # without a word, a step for every token, and no guidance
     """Read what weights say of themselves; unknown names are passed over.
     Raises `BadInput` on a text that is not accepted."""
+    if not isinstance(model, ModelConfig): raise BadInput(f"model={given(model)}: expected a ModelConfig")
     try: texts = {str(k): str(v) for k, v in meta.items()}
     except Exception: raise BadInput(f"meta={given(meta)}: expected a dictionary of texts") from None
     return checked(WeightsMeta, {"K": model.seq_len, "cfg": 1.0, **texts}, lax=True)
@@ -351,10 +352,12 @@ def _is_network(model):
 
 def _usable_device(device):
     "Raise `BadInput` unless tensors can be put there and read back."
-    try: torch.zeros(1, device=device).item()
+    try:
+        device = torch.device(device)
+        torch.zeros(1, device=device).item()
+        return device
     except Exception as e:
         raise BadInput(f"device={given(device)}: {one_line(e, 200)}; expected cpu or cuda") from None
-    return torch.device(device)
 
 # %% ../nbs/02_mar.ipynb #02-036c
 def _empty(cfg, source):
@@ -467,8 +470,8 @@ def save_weights(
     and for texts that `load_weights` would refuse."""
     from safetensors.torch import save_file
     _is_network(model)
-    meta = checked(dict[str, Text], {k: str(v) for k, v in meta.items()}, "meta")
     weights_meta(meta, model.cfg)
+    meta = checked(dict[str, Text], {k: str(v) for k, v in meta.items()}, "meta")
     header = json.dumps({"config": asdict(model.cfg), "meta": meta}, sort_keys=True)
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     atomic_write(_file_name(path), lambda tmp: save_file(state, tmp, metadata={"marval": header}))

@@ -211,7 +211,7 @@ def load_official(
 ) -> MAR:                                # the network, in evaluation mode
     """The network of a public checkpoint, sizes from its shapes and `args`.
     Raises `BadInput` on a missing, truncated, foreign or unsafe file."""
-    if which not in ("model_ema", "model"):
+    if not isinstance(which, str) or which not in ("model_ema", "model"):
         raise BadInput(f"which={given(which)}: expected model_ema or model")
     device = _usable_device(device)
     checkpoint = read_foreign(path)

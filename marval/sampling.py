@@ -9,22 +9,42 @@ __all__ = ['random_orders', 'reveal_counts', 'entropy_curve', 'reveal_kl', 'best
 # %% ../nbs/03_sampling.ipynb #03-003
 import math
 from functools import partial
-from typing import Protocol
+from typing import Annotated, Protocol
+
 import torch
 from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
-from .config import BadInput
+
+from .border import BadInput, Range, fits, given
 from .diffusion import Chain, Schedule, chain_sample, t_of_abar
 
 # %% ../nbs/03_sampling.ipynb #03-006
-def random_orders(B: int,                            # images
-                  L: int,                            # tokens of an image
-                  generator: torch.Generator = None, # source of randomness; its device is where the numbers are drawn
-                  device="cpu",                      # where the result goes
-                  ) -> Tensor:                       # [B, L] long, a permutation a row, revealed first comes first
-    r"$\pi_b=\operatorname{argsort}(u_b)$ with $u_b\sim U[0,1]^L$: every permutation is equally likely."
-    return torch.rand(B, L, generator=generator, device=generator.device if generator else device).argsort(-1).to(device)
+def _check_counts(**counts):
+    "Raise `BadInput` unless all are whole numbers from 1 to 2^24."
+    for name, value in counts.items():
+        if not fits(Annotated[int, Range(1, 2**24)], value):
+            raise BadInput(f"{name}={given(value)}: expected a whole number from 1 to {2**24}")
+
+
+def _check_generator(generator):
+    "Raise `BadInput` unless this is a source of randomness, or None."
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise BadInput(f"generator={given(generator)}: expected a torch.Generator, or None")
+
+
+def random_orders(
+    B: int,                             # images
+    L: int,                             # tokens of an image
+    generator: torch.Generator = None,  # source of randomness; its device is where the numbers are drawn
+    device="cpu",                       # where the result goes
+) -> Tensor:                            # [B, L] long, a permutation a row, revealed first comes first
+    r"""$\pi_b=\operatorname{argsort}(u_b)$ with $u_b\sim U[0,1]^L$: every permutation is equally likely.
+    Raises `BadInput` on numbers that are none."""
+    _check_counts(B=B, L=L)
+    _check_generator(generator)
+    drawn_on = generator.device if generator else device
+    return torch.rand(B, L, generator=generator, device=drawn_on).argsort(-1).to(device)
 
 # %% ../nbs/03_sampling.ipynb #03-009
 def _power(p): return lambda j, K: 1 - (j / K) ** p + 1e-12                        # the last term: 49 (1 - 48/49) is 1, and must not be rounded down to 0
@@ -33,65 +53,117 @@ _MASKED = {"cosine": lambda j, K: math.cos(math.pi / 2 * j / K), "linear": _powe
            "arccos": lambda j, K: 2 / math.pi * math.acos(j / K) + 1e-12}
 
 # %% ../nbs/03_sampling.ipynb #03-010
-def reveal_counts(L: int,                  # tokens of an image
-                  K: int,                  # autoregressive steps
-                  schedule="cosine",       # cosine | linear | square | cubic | arccos | root, or the K counts themselves
-                  ) -> list[int]:          # tokens revealed in each step, K positive numbers whose sum is L
-    r"$m_{k-1}-m_k$ with $m_k=\max(K-1-k,\min(m_{k-1}-1,\lfloor L\,m(\frac{k+1}K)\rfloor))$, $m(u)=\cos\frac\pi2u$ as MAR has it, or another curve. Raises `BadInput` unless 1 <= K <= L, and for an unknown schedule or counts that don't fit."
-    if not 1 <= K <= L: raise BadInput(f"K={K}: expected 1 to {L}, the number of tokens")
-    if not isinstance(schedule, str):
-        counts = [int(n) for n in schedule]
-        if len(counts) != K or sum(counts) != L or min(counts) < 1: raise BadInput(f"reveal counts {counts}: expected {K} numbers, each at least 1, whose sum is {L}")
-        return counts
-    if schedule not in _MASKED: raise BadInput(f"reveal={schedule!r}: expected one of {', '.join(_MASKED)}")
+def reveal_counts(
+    L: int,              # tokens of an image
+    K: int,              # autoregressive steps
+    schedule="cosine",   # cosine | linear | square | cubic | arccos | root, or the K counts themselves
+) -> list[int]:          # tokens revealed in each step, K positive numbers whose sum is L
+    r"""$m_{k-1}-m_k$ with $m_k=\max(K-1-k,\min(m_{k-1}-1,\lfloor L\,m(\frac{k+1}K)\rfloor))$,
+    $m(u)=\cos\frac\pi2u$ as MAR has it, or another curve. Raises `BadInput` unless 1 <= K <= L, and for an
+    unknown schedule or counts that don't fit."""
+    _check_counts(L=L)
+    if not fits(Annotated[int, Range(1, L)], K):
+        raise BadInput(f"K={given(K)}: expected 1 to {L}, the number of tokens")
+    if isinstance(schedule, (list, tuple)):
+        whole = all(fits(Annotated[int, Range(1, L)], n) for n in schedule)
+        if not whole or len(schedule) != K or sum(schedule) != L:
+            expected = f"expected {K} numbers, each at least 1, whose sum is {L}"
+            raise BadInput(f"reveal counts {given(schedule)}: {expected}")
+        return [int(n) for n in schedule]
+    if not isinstance(schedule, str) or schedule not in _MASKED:
+        raise BadInput(f"reveal={given(schedule)}: expected one of {', '.join(_MASKED)}")
     masked = [L]
-    for k in range(K - 1): masked.append(max(K - 1 - k, min(masked[-1] - 1, math.floor(L * _MASKED[schedule](k + 1, K)))))
+    for k in range(K - 1):
+        curve = math.floor(L * _MASKED[schedule](k + 1, K))
+        masked.append(max(K - 1 - k, min(masked[-1] - 1, curve)))
     return [a - b for a, b in zip(masked, masked[1:] + [0])]
 
 # %% ../nbs/03_sampling.ipynb #03-016
-def entropy_curve(cov: Tensor,    # [L D, L D] covariance of a Gaussian, token after token, float64
-                  L: int,         # tokens
-                  orders: Tensor, # [n, L] orders to average over, each with its L rotations, so that every token takes every place equally often
-                  ) -> Tensor:    # [L] nats, H(0) to H(L-1)
-    r"$H(a)=\mathbb{E}_\pi h(x_{\pi_a}\mid x_{\pi_0..\pi_{a-1}})$ of a Gaussian: with $\Sigma_\pi=CC^\top$, $h=\sum_d\log C_{dd}+\frac D2\log2\pi e$ over token $a$'s own rows $d$ of the Cholesky factor."
-    D, total = len(cov) // L, torch.zeros(L, dtype=cov.dtype)
+def entropy_curve(
+    cov: Tensor,     # [L D, L D] covariance of a Gaussian, token after token, float64
+    L: int,          # tokens
+    orders: Tensor,  # [n, L] orders to average over, each with its L rotations
+) -> Tensor:         # [L] nats, H(0) to H(L-1)
+    r"""$H(a)=\mathbb{E}_\pi h(x_{\pi_a}\mid x_{\pi_0..\pi_{a-1}})$ of a Gaussian: with $\Sigma_\pi=CC^\top$,
+    $h=\sum_d\log C_{dd}+\frac D2\log2\pi e$ over token $a$'s own rows $d$ of the Cholesky factor. The
+    rotations let every token take every place equally often. Raises `BadInput` on a matrix that is no
+    covariance, and on other shapes."""
+    _check_counts(L=L)
+    rows = len(cov) if isinstance(cov, Tensor) and cov.is_floating_point() and cov.dim() == 2 else 0
+    if not rows or rows % L or cov.shape != (rows, rows):
+        raise BadInput(f"cov={given(cov)}: expected a square matrix of {L} D rows")
+    if not isinstance(orders, Tensor) or orders.dtype != torch.long or orders.dim() != 2 or not len(orders):
+        raise BadInput(f"orders={given(orders)}: expected whole numbers [n, {L}]")
+    if not torch.equal(orders.sort(-1).values, torch.arange(L).expand(len(orders), -1)):
+        raise BadInput(f"orders={given(orders)}: expected a permutation of 0 to {L - 1} in every row")
+    D, total = rows // L, torch.zeros(L, dtype=cov.dtype)
     for order in (order.roll(i) for order in orders for i in range(L)):
         rows = (order[:, None] * D + torch.arange(D)).flatten()
-        total += torch.linalg.cholesky(cov[rows][:, rows]).diagonal().log().view(L, D).sum(1)
+        factor, bad = torch.linalg.cholesky_ex(cov[rows][:, rows])
+        if bad: raise BadInput("cov: not positive definite; expected a covariance")
+        total += factor.diagonal().log().view(L, D).sum(1)
     return total / (L * len(orders)) + D / 2 * math.log(2 * math.pi * math.e)
 
+# %% ../nbs/03_sampling.ipynb #03-016b
+def _check_curve(H):
+    "Raise `BadInput` unless this is a curve of `entropy_curve`."
+    numbers = isinstance(H, Tensor) and H.is_floating_point() and H.dim() == 1 and not H.is_meta
+    if not numbers or not H.isfinite().all():
+        raise BadInput(f"H={given(H)}: expected finite numbers [L], as `entropy_curve` gives them")
 
-def reveal_kl(H: Tensor,          # [L] from `entropy_curve`
-              counts: list[int],  # tokens revealed in each step
-              ) -> float:         # nats an image
-    r"$\mathbb{E}_\pi\mathrm{KL}=\sum_k n_kH(s_k)-\sum_aH(a)$: what drawing the tokens of a step independently costs, with exact conditionals."
+
+def reveal_kl(
+    H: Tensor,          # [L] from `entropy_curve`
+    counts: list[int],  # tokens revealed in each step
+) -> float:             # nats an image
+    r"""$\mathbb{E}_\pi\mathrm{KL}=\sum_k n_kH(s_k)-\sum_aH(a)$: what drawing the tokens of a step
+    independently costs, with exact conditionals. Raises `BadInput` on counts whose sum is not L."""
+    _check_curve(H)
+    if not isinstance(counts, (list, tuple)) or not counts:
+        raise BadInput(f"counts={given(counts)}: expected whole numbers whose sum is {len(H)}")
+    counts = reveal_counts(len(H), len(counts), counts)
     known = [sum(counts[:k]) for k in range(len(counts))]
     return (sum(n * H[s] for n, s in zip(counts, known)) - H.sum()).item()
 
 
-def best_counts(H: Tensor,         # [L] from `entropy_curve`
-                K: int,            # autoregressive steps, 1 to L
-                ) -> list[int]:    # the counts with the least `reveal_kl`
-    r"$C_k(s)=\min_n\,nH(s-n)+C_{k-1}(s-n)$, $C_0(0)=0$, and the way back from $C_K(L)$. Raises `BadInput` unless 1 <= K <= L."
+def best_counts(
+    H: Tensor,        # [L] from `entropy_curve`
+    K: int,           # autoregressive steps, 1 to L
+) -> list[int]:       # the counts with the least `reveal_kl`
+    r"""$C_k(s)=\min_n\,nH(s-n)+C_{k-1}(s-n)$, $C_0(0)=0$, traced back from $C_K(L)$.
+    Raises `BadInput` unless 1 <= K <= L."""
+    _check_curve(H)
     L, H = len(H), H.tolist()
-    reveal_counts(L, K)                                                              # refuses a K out of range
+    reveal_counts(L, K)  # refuses a K out of range
     cost, ways = {0: 0.}, []
     for k in range(K):
-        step = {s: min((n * H[s - n] + cost[s - n], n) for n in range(1, s + 1) if s - n in cost) for s in range(k + 1, L - K + k + 2)}
-        cost, ways = {s: c for s, (c, _) in step.items()}, [*ways, {s: n for s, (_, n) in step.items()}]
+        step = {}
+        for s in range(k + 1, L - K + k + 2):
+            step[s] = min((n * H[s - n] + cost[s - n], n) for n in range(1, s + 1) if s - n in cost)
+        cost = {s: c for s, (c, _) in step.items()}
+        ways.append({s: n for s, (_, n) in step.items()})
     counts, s = [], L
-    for way in reversed(ways): counts, s = [way[s], *counts], s - way[s]
+    for way in reversed(ways):
+        counts.insert(0, way[s])
+        s -= way[s]
     return counts
 
 # %% ../nbs/03_sampling.ipynb #03-023
-def cfg_at(cfg: float,         # guidance, MAR's convention: 1 = none
-           schedule: str,      # "constant" or "linear"
-           L: int,             # tokens of an image
-           n_known_after: int, # tokens known after the step
-           ) -> float:         # guidance of the step
-    r"cfg, or $1+(\mathrm{cfg}-1)\min(n,L-1)/L$ (MAR). Raises `BadInput` on an unknown schedule, and for cfg < 0, NaN or infinity."
-    if schedule not in ("constant", "linear"): raise BadInput(f"cfg_schedule={schedule!r}: expected constant or linear")
-    if not 0 <= cfg < math.inf: raise BadInput(f"cfg={cfg}: expected a finite number >= 0")
+def cfg_at(
+    cfg: float,          # guidance, MAR's convention: 1 = none
+    schedule: str,       # "constant" or "linear"
+    L: int,              # tokens of an image
+    n_known_after: int,  # tokens known after the step
+) -> float:              # guidance of the step
+    r"""cfg, or $1+(\mathrm{cfg}-1)\min(n,L-1)/L$ (MAR).
+    Raises `BadInput` on an unknown schedule, and for cfg < 0, NaN or infinity."""
+    if not isinstance(schedule, str) or schedule not in ("constant", "linear"):
+        raise BadInput(f"cfg_schedule={given(schedule)}: expected constant or linear")
+    if not fits(Annotated[float, Range(0, 1e6)], cfg):
+        raise BadInput(f"cfg={given(cfg)}: expected a number from 0 to 1000000")
+    _check_counts(L=L)
+    if not fits(Annotated[int, Range(0, L)], n_known_after):
+        raise BadInput(f"n_known_after={given(n_known_after)}: expected 0 to {L}, the number of tokens")
     return float(cfg) if schedule == "constant" else 1 + (cfg - 1) * min(n_known_after, L - 1) / L
 
 # %% ../nbs/03_sampling.ipynb #03-026
@@ -103,16 +175,23 @@ class Draw(Protocol):
 
 # %% ../nbs/03_sampling.ipynb #03-028
 class TeacherChain:
-    "MAR's own way: a respaced ancestral chain through the diffusion head. Raises `BadInput` for a bad number of steps or temperature."
+    """MAR's own way: a respaced ancestral chain through the diffusion head.
+    Raises `BadInput` for a number of steps, a temperature or a clip that is not accepted."""
 
-    def __init__(self,
-                 sched: Schedule,           # noise schedule, on the device of the model
-                 n_steps: int = 100,        # steps of the chain
-                 temperature: float = 1.,   # factor on the noise that the chain adds
-                 clip: float = 0.):         # bound on the clean token predicted at each step, 0 = none (MAR)
+    def __init__(
+        self,
+        sched: Schedule,         # noise schedule, on the device of the model
+        n_steps: int = 100,      # steps of the chain
+        temperature: float = 1.,  # factor on the noise that the chain adds
+        clip: float = 0.,        # bound on the clean token predicted at each step, 0 = none (MAR)
+    ):
         for name, value in (("temperature", temperature), ("clip", clip)):
-            if not 0 <= value < math.inf: raise BadInput(f"{name}={value}: expected a finite number >= 0")
-        self.chain, self.temperature, self.clip, self.rounds = Chain.make(sched, n_steps), temperature, clip, 1 + n_steps
+            if not fits(Annotated[float, Range(0, 1e6)], value):
+                raise BadInput(f"{name}={given(value)}: expected a number from 0 to 1000000")
+        self.chain = Chain.make(sched, n_steps)
+        self.temperature = temperature
+        self.clip = clip
+        self.rounds = 1 + n_steps
 
     def needs_null(self, cfg: float) -> bool: return cfg != 1
 
@@ -123,7 +202,8 @@ class TeacherChain:
                  cfg_k: float,            # guidance of this step
                  noise: Tensor,           # [1 + n, N, D] start, then one row a step
                  ) -> Tensor:             # [N, D] tokens
-        r"`chain_sample` with $\hat\epsilon=\hat\epsilon_u+\mathrm{cfg}\,(\hat\epsilon_c-\hat\epsilon_u)$ and the conditional $v$."
+        r"""`chain_sample` with $\hat\epsilon=\hat\epsilon_u+\mathrm{cfg}\,(\hat\epsilon_c-\hat\epsilon_u)$ and the
+        conditional $v$."""
         cond = model.head_cond(c if c_null is None else torch.cat([c, c_null]))
 
         def denoise(x, t):
@@ -135,7 +215,8 @@ class TeacherChain:
 
 # %% ../nbs/03_sampling.ipynb #03-030
 class OneStep:
-    "The distilled generator: one evaluation of the head at one time. Guidance is in its weights, so `cfg_k` is ignored. Raises `BadInput` for an abar outside (0, 1)."
+    """The distilled generator: one evaluation of the head at one time. Guidance is in its weights, so `cfg_k`
+    is ignored. Raises `BadInput` for an abar outside (0, 1)."""
     rounds = 1
 
     def __init__(self,
@@ -162,21 +243,29 @@ class OneStep:
 # %% ../nbs/03_sampling.ipynb #03-034
 def _normal(*shape, generator, device, dtype):
     "Standard normal numbers, drawn where the generator lives."
-    return torch.randn(*shape, generator=generator, device=generator.device if generator else device, dtype=dtype).to(device)
+    drawn_on = generator.device if generator else device
+    return torch.randn(*shape, generator=generator, device=drawn_on, dtype=dtype).to(device)
 
 # %% ../nbs/03_sampling.ipynb #03-035
-def draw_noise(B: int,                            # images
-               L: int,                            # tokens of an image
-               K: int,                            # autoregressive steps
-               D: int,                            # numbers in a token
-               rounds: int,                       # R, rows of noise per token, `draw.rounds`
-               generator: torch.Generator = None, # source of randomness
-               device="cpu",                      # where the noise goes
-               dtype=torch.float32,               # its type
-               reveal="cosine",                   # how many at a time, see `reveal_counts`
-               ) -> list[Tensor]:                 # per step [R, B n_k, D], rows by image, then by place in the order
-    "The noise of a whole run of `sample`, as it would draw it itself."
-    return [_normal(rounds, B * n, D, generator=generator, device=device, dtype=dtype) for n in reveal_counts(L, K, reveal)]
+def draw_noise(
+    B: int,                             # images
+    L: int,                             # tokens of an image
+    K: int,                             # autoregressive steps
+    D: int,                             # numbers in a token
+    rounds: int,                        # R, rows of noise per token, `draw.rounds`
+    generator: torch.Generator = None,  # source of randomness
+    device="cpu",                       # where the noise goes
+    dtype=torch.float32,                # its type
+    reveal="cosine",                    # how many at a time, see `reveal_counts`
+) -> list[Tensor]:                      # per step [R, B n_k, D], rows by image, then by place in the order
+    """The noise of a whole run of `sample`, as it would draw it itself.
+    Raises `BadInput` on numbers that are none."""
+    _check_counts(B=B, D=D, rounds=rounds)
+    _check_generator(generator)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise BadInput(f"dtype={given(dtype)}: expected a floating-point type of torch")
+    like = dict(generator=generator, device=device, dtype=dtype)
+    return [_normal(rounds, B * n, D, **like) for n in reveal_counts(L, K, reveal)]
 
 # %% ../nbs/03_sampling.ipynb #03-037
 def _ar_step(model, draw, orders, labels, n_known, n, cfg_k, null, tokens, noise):
@@ -192,48 +281,81 @@ def _ar_step(model, draw, orders, labels, n_known, n, cfg_k, null, tokens, noise
     x0 = rearrange(draw(model, c[0], c[1] if null else None, cfg_k, noise), "(b n) d -> b n d", b=B)
     return tokens.scatter(1, where.expand_as(x0), x0.to(tokens.dtype))
 
-def _check_inputs(model, labels, draw, counts, orders, noise, grad_steps, check=True):
-    "Raise `BadInput` on labels, orders, noise or grad_steps that do not fit. Whether labels are in range is asked for by `check`: on a GPU the host waits for the answer."
-    m, B, K = model.cfg, len(labels), len(counts)
-    if labels.dtype != torch.long or labels.dim() != 1 or not B:
-        raise BadInput(f"labels of shape {list(labels.shape)}, {labels.dtype}: expected a non-empty list of integers (torch.long)")
+# %% ../nbs/03_sampling.ipynb #03-037b
+def _check_labels(labels, class_num, check):
+    """Raise `BadInput` on labels that are none. Whether they are in range is asked for by `check`: on a GPU the
+    host waits for the answer."""
+    if not isinstance(labels, Tensor) or labels.dtype != torch.long or labels.dim() != 1 or not len(labels):
+        what = f"shape {list(labels.shape)}, {labels.dtype}" if isinstance(labels, Tensor) else given(labels)
+        raise BadInput(f"labels of {what}: expected a non-empty list of integers (torch.long)")
     low, high = torch.stack(labels.aminmax()).tolist() if check else (0, 0)
-    if not 0 <= low <= high <= m.class_num:
-        raise BadInput(f"label {low if low < 0 else high}: expected 0 to {m.class_num - 1}, or {m.class_num} for no class")
-    if orders is not None and orders.shape != (B, m.seq_len): raise BadInput(f"orders of shape {list(orders.shape)}: expected {[B, m.seq_len]}")
+    if not 0 <= low <= high <= class_num:
+        bad = low if low < 0 else high
+        raise BadInput(f"label {bad}: expected 0 to {class_num - 1}, or {class_num} for no class")
+
+
+def _check_inputs(model, labels, draw, counts, orders, noise, grad_steps, check=True):
+    "Raise `BadInput` on labels, orders, noise or grad_steps that do not fit."
+    m = model.cfg
+    _check_labels(labels, m.class_num, check)
+    B, K = len(labels), len(counts)
+    if orders is not None:
+        if not isinstance(orders, Tensor) or orders.dtype != torch.long:
+            raise BadInput(f"orders={given(orders)}: expected whole numbers (torch.long)")
+        if orders.shape != (B, m.seq_len):
+            raise BadInput(f"orders of shape {list(orders.shape)}: expected {[B, m.seq_len]}")
     if noise is not None:
+        if not isinstance(noise, (list, tuple)) or not all(isinstance(z, Tensor) for z in noise):
+            raise BadInput(f"noise={given(noise)}: expected a list of tensors")
         want, have = [[draw.rounds, B * n, m.token_dim] for n in counts], [list(z.shape) for z in noise]
         if have != want: raise BadInput(f"noise of shapes {have}: expected {want}, one tensor a step")
-    if not 0 <= grad_steps <= K: raise BadInput(f"grad_steps={grad_steps}: expected 0 (all) to {K}, the number of steps")
+    if not fits(Annotated[int, Range(0, K)], grad_steps):
+        raise BadInput(f"grad_steps={given(grad_steps)}: expected 0 (all) to {K}, the number of steps")
+
+
+def _check_roles(model, draw, generator):
+    "Raise `BadInput` on a network, a drawer or a source of randomness that is none."
+    if not hasattr(model, "cfg"): raise BadInput(f"model={given(model)}: expected a MAR")
+    if not hasattr(draw, "needs_null"):
+        raise BadInput(f"draw={given(draw)}: expected OneStep or TeacherChain")
+    _check_generator(generator)
 
 # %% ../nbs/03_sampling.ipynb #03-039
-def sample(model,                             # a MAR
-           labels: Tensor,                    # [B] long, 0 to class_num - 1, or class_num for no class
-           draw: Draw,                        # how a token is drawn
-           K: int,                            # autoregressive steps, 1 to L
-           cfg: float = 1.,                   # guidance, 1 = none
-           cfg_schedule: str = "constant",    # "constant" or "linear"
-           orders: Tensor = None,             # [B, L] long, in which order; None: random
-           noise: list[Tensor] = None,        # K tensors [R, B n_k, D], see `draw_noise`; None: random
-           generator: torch.Generator = None, # source of what is random
-           checkpoint: bool = False,          # recompute each step on the way back instead of storing it
-           grad_steps: int = 0,               # gradients through the last so many steps only; 0 = all
-           reveal="cosine",                   # how many tokens at a time, see `reveal_counts`
-           check: bool = True,                # see that labels are in range, for which the host waits for a GPU; training, which draws them itself, need not. False: what a label out of range does is undefined
-           ) -> Tensor:                       # [B, L, D] tokens
-    r"$x_{\pi(n_k)}\sim p(x\mid c_k)$ for $k=0..K-1$, $c_k$ the contexts from all tokens known so far. Raises `BadInput` on bad labels, K, reveal, cfg, orders, noise or grad_steps."
+def sample(
+    model,                              # a MAR
+    labels: Tensor,                     # [B] long, 0 to class_num - 1, or class_num for no class
+    draw: Draw,                         # how a token is drawn
+    K: int,                             # autoregressive steps, 1 to L
+    cfg: float = 1.,                    # guidance, 1 = none
+    cfg_schedule: str = "constant",     # "constant" or "linear"
+    orders: Tensor = None,              # [B, L] long, in which order; None: random
+    noise: list[Tensor] = None,         # K tensors [R, B n_k, D], see `draw_noise`; None: random
+    generator: torch.Generator = None,  # source of what is random
+    checkpoint: bool = False,           # recompute each step in the backward pass instead of storing it
+    grad_steps: int = 0,                # gradients through the last so many steps only; 0 = all
+    reveal="cosine",                    # how many tokens at a time, see `reveal_counts`
+    check: bool = True,                 # see that labels are in range, for which the host waits for a GPU
+) -> Tensor:                            # [B, L, D] tokens
+    r"""$x_{\pi(n_k)}\sim p(x\mid c_k)$ for $k=0..K-1$, $c_k$ the contexts from all tokens known so far.
+
+    Training, which draws the labels itself, need not `check` them: what a label out of range does then is
+    undefined.
+    Raises `BadInput` on bad labels, K, reveal, cfg, orders, noise or grad_steps."""
+    _check_roles(model, draw, generator)
     m, like = model.cfg, model.mask_token
-    B, L, D, counts = len(labels), m.seq_len, m.token_dim, reveal_counts(m.seq_len, K, reveal)
+    L, counts = m.seq_len, reveal_counts(m.seq_len, K, reveal)
     _check_inputs(model, labels, draw, counts, orders, noise, grad_steps, check)
+    B, place = len(labels), dict(device=like.device, dtype=like.dtype)
     cfgs = [cfg_at(cfg, cfg_schedule, L, sum(counts[:k + 1])) for k in range(K)]
     if orders is None: orders = random_orders(B, L, generator, like.device)
-    tokens, n_known, null = torch.zeros(B, L, D, device=like.device, dtype=like.dtype), 0, draw.needs_null(cfg)
+    tokens, n_known, null = torch.zeros(B, L, m.token_dim, **place), 0, draw.needs_null(cfg)
     for k, n in enumerate(counts):
-        z = noise[k] if noise is not None else _normal(draw.rounds, B * n, D, generator=generator, device=like.device, dtype=like.dtype)
+        if noise is not None: z = noise[k]
+        else: z = _normal(draw.rounds, B * n, m.token_dim, generator=generator, **place)
         step = partial(_ar_step, model, draw, orders, labels, n_known, n, cfgs[k], null)
-        live = torch.is_grad_enabled() and (not grad_steps or k >= K - grad_steps)
+        live = torch.is_grad_enabled() and bool(not grad_steps or k >= K - grad_steps)
         with torch.set_grad_enabled(live):
-            if checkpoint and live: tokens = recompute(step, tokens, z, use_reentrant=False, preserve_rng_state=model.training)
-            else: tokens = step(tokens, z)
+            if not checkpoint or not live: tokens = step(tokens, z)
+            else: tokens = recompute(step, tokens, z, use_reentrant=False, preserve_rng_state=model.training)
         n_known += n
     return tokens
