@@ -35,11 +35,11 @@ def outcome(f, *args, **kwargs):
 
 
 def refusal(f, *args, seconds=20, megabytes=1000, **kwargs):
-    "The line with which a call is refused, soon and with little memory."
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    "The line with which a call is refused, after little work (seconds of a processor, whatever else runs) and with little memory."
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     found = outcome(f, *args, **kwargs)
     assert isinstance(found, BadInput), found
-    assert time.monotonic() - start < seconds
+    assert time.process_time() - start < seconds
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1000 * megabytes
     return str(found)
 
@@ -110,7 +110,7 @@ HEADERS = {
 def test_header(good, tmp_path, case):
     change, clue = HEADERS[case]
     path = rewritten(good, tmp_path / "w.safetensors", **change)
-    assert clue in refusal(load_weights, path, seconds=5)
+    assert clue in refusal(load_weights, path)
     refusal(load_into, MAR(CONFIG.model), path)
 
 

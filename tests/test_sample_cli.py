@@ -213,3 +213,19 @@ def test_ctrl_c_and_our_own_mistakes(folder, tmp_path, monkeypatch, capsys):
     kept = one_line(capsys, 1).split("the traceback is in ")[1].split(",")[0]
     assert "ZeroDivisionError" in Path(kept).read_text()
     with pytest.raises(ZeroDivisionError): sample_cli([*argv, "--debug"])
+
+
+@pytest.mark.parametrize("weights", ["pipe", "folder", "/dev/zero", "pipe.pth", "", ".", "a" * 300, "x\0y", "\udcff", "a\x1b[31m", "nan.safetensors"])
+@pytest.mark.parametrize("cli", [sample_cli, export_cli])
+def test_what_is_no_file_of_weights(odd, tmp_path, monkeypatch, capsys, cli, weights):
+    monkeypatch.chdir(odd)
+    if weights == "pipe.pth" and not (odd / weights).exists(): os.mkfifo(odd / weights)
+    if weights == "nan.safetensors":
+        net = MAR(preset("smoke").model)
+        net.mask_token.data[0, 0, 3] = float("nan")
+        save_weights(net, odd / weights)
+    argv = ["--weights", weights, "--out", str(tmp_path / "out.pth"), *(["--label", "3"] if cli is sample_cli else [])]
+    assert cli(argv) == 2
+    line = one_line(capsys, 2)
+    assert "mask_token holds NaN" in line or weights != "nan.safetensors"
+    assert not [*tmp_path.iterdir()]
