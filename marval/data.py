@@ -15,8 +15,9 @@ from .config import BadInput, Config
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 # %% ../nbs/11_data.ipynb #11-005
-def load_digits_data() -> tuple[Tensor, Tensor]:  # images [1797, 1, 8, 8] float32 in [0, 1] (ink = 1); labels [1797] long
-    r"scikit-learn's digits. Grey levels $0,1,\dots,16$ become $x = \text{level}/16 \in [0,1]$, exactly."
+def load_digits_data() -> tuple[Tensor, Tensor]:
+    r"""scikit-learn's digits: images [1797, 1, 8, 8] float32 in [0, 1] (ink = 1), labels [1797] long.
+    Grey levels $0,1,\dots,16$ become $x = \text{level}/16 \in [0,1]$, exactly."""
     from sklearn.datasets import load_digits
     d = load_digits()
     return torch.from_numpy(d.images).float().div(16).unsqueeze(1), torch.from_numpy(d.target).long()
@@ -26,7 +27,8 @@ def load_data(cfg: Config,  # a whole configuration; `cfg.data.name` decides
               ) -> tuple[Tensor, Tensor]:  # images [n, C, H, W] in [0, 1]; labels [n] long
     "The data set of a configuration. Raises `BadInput` for data that this version cannot read."
     if cfg.data.name != "digits":
-        raise BadInput(f"data.name={cfg.data.name}: reading this data set is not built yet; expected digits (scales digits and smoke)")
+        raise BadInput(f"data.name={cfg.data.name}: reading this data set is not built yet; expected digits "
+                       "(scales digits and smoke)")
     return load_digits_data()
 
 # %% ../nbs/11_data.ipynb #11-010
@@ -42,10 +44,12 @@ def to_images(latents: Tensor,  # [..., C, H, W], any range
     return ((latents + 1) / 2).clamp(0, 1)
 
 # %% ../nbs/11_data.ipynb #11-013
-def halves(labels: Tensor,  # [n] long
-           seed: int = 0,   # seed of the split
-           ) -> tuple[Tensor, Tensor]:  # indices of half A and of half B, long, ascending, disjoint, together all of 0..n-1
-    "A stratified split in two: in every class the counts of the halves differ by at most one, and overall too."
+def halves(
+    labels: Tensor,  # [n] long
+    seed: int = 0,   # seed of the split
+) -> tuple[Tensor, Tensor]:  # indices of half A and of half B, long, ascending; together all of 0..n-1
+    """A stratified split in two: in every class the counts of the halves differ by at most one, and overall
+    too."""
     g, order = torch.Generator().manual_seed(seed), []
     for c in labels.unique().tolist():
         members = (labels == c).nonzero()[:, 0].cpu()
@@ -87,7 +91,8 @@ class ImageTree:
 
     @cached_property
     def digest(self) -> str:
-        "SHA-256 of the list of files, one a line. Equal for equal lists of names, wherever the tree lies; contents are not looked at."
+        """SHA-256 of the list of files, one a line. Equal for equal lists of names, wherever the tree lies;
+        contents are not looked at."""
         return hashlib.sha256(b"\n".join(os.fsencode(f) for f in self.files)).hexdigest()
 
 # %% ../nbs/11_data.ipynb #11-021
@@ -102,10 +107,12 @@ def _folders(path):
 
 
 def _image_names(path):
-    "Names of the image files in a folder, sorted. Links are taken as they are, to be followed when they are read."
+    """Names of the image files in a folder, sorted. Links are taken as they are, to be followed when they
+    are read."""
     def wanted(e):
         name = e.name.lower()
-        return name.endswith(EXTENSIONS) and name[0] != "." and (e.is_symlink() or e.is_file(follow_symlinks=False))
+        if not name.endswith(EXTENSIONS) or name[0] == ".": return False
+        return e.is_symlink() or e.is_file(follow_symlinks=False)
     with os.scandir(path) as entries: return sorted(e.name for e in entries if wanted(e))
 
 
@@ -121,8 +128,8 @@ def index_tree(
     root: Path | str,     # folder of the class folders, or of a folder `train` that holds them
     min_images: int = 1,  # fewer are refused
 ) -> ImageTree:
-    """What images there are. Raises `BadInput` for a missing folder, one without classes, a class without images,
-    too few images, and names that can't be written down."""
+    """What images there are. Raises `BadInput` for a missing folder, one without classes, a class without
+    images, too few images, and names that can't be written down."""
     root = Path(root)
     try:
         if (root/"train").is_dir() and _folders(root/"train"): root = root/"train"
@@ -135,8 +142,8 @@ def index_tree(
     _check_names(root, classes)
     for c, found in zip(classes, names): _check_names(root/c, found)
     if empty := [c for c, found in zip(classes, names) if not found]:
-        raise BadInput(f"{root}: no images in {len(empty)} of {len(classes)} class folders, first {empty[0]}; "
-                       f"{_LAYOUT}, images ending in {' '.join(EXTENSIONS)}")
+        raise BadInput(f"{root}: no images in {len(empty)} of {len(classes)} class folders, first "
+                       f"{empty[0]}; {_LAYOUT}, images ending in {' '.join(EXTENSIONS)}")
     files = [f"{c}/{name}" for c, found in zip(classes, names) for name in found]
     if len(files) < min_images: raise BadInput(f"{root}: {len(files)} images; expected at least {min_images}")
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(found) for found in names]))
@@ -189,10 +196,12 @@ _LARGE, _large_ones = 1 << 24, threading.Semaphore(2)  # pixels from which on so
 
 
 def _content(path):
-    "The bytes of a file. Raises `BadImage` where it is no regular file or too large, `BadInput` where it can't be read."
+    """The bytes of a file. Raises `BadImage` where it is no regular file or too large, `BadInput` where it
+    can't be read."""
     try: file = open_regular(path, "an image")
     except BadInput:
-        if os.path.exists(path) and not os.path.isfile(path): raise BadImage(path, "not a regular file") from None
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise BadImage(path, "not a regular file") from None
         raise
     with file:
         size = os.fstat(file.fileno()).st_size
@@ -205,14 +214,15 @@ def _content(path):
 def _check_sides(w, h, size):
     "Raise `ValueError` for a picture that would take too much memory."
     short, long = sorted((w, h))
-    if short < 1 or w * h > _MOST_PIXELS: raise ValueError(f"{w} x {h} pixels, at most {_MOST_PIXELS} are decoded")
+    if short < 1 or w * h > _MOST_PIXELS:
+        raise ValueError(f"{w} x {h} pixels, at most {_MOST_PIXELS} are decoded")
     if long > _MOST_ASPECT * short or size * size * long > _MOST_PIXELS * short:
         raise ValueError(f"{w} x {h} pixels, too long to be cropped to {size} x {size}")
 
 # %% ../nbs/11_data.ipynb #11-037b
 def _decode(path, size):
-    """Cropped picture, uint8 [3, size, size], and the mode of the file. Raises `BadImage`, or `BadInput` where the
-    file can't be read."""
+    """Cropped picture, uint8 [3, size, size], and the mode of the file. Raises `BadImage`, or `BadInput`
+    where the file can't be read."""
     from PIL import Image, UnidentifiedImageError
     content = _content(path)
     try:
@@ -221,7 +231,8 @@ def _decode(path, size):
             mode, large = picture.mode, picture.width * picture.height > _LARGE
             with _large_ones if large else nullcontext(): cropped = center_crop(to_rgb(picture), size)
     except MemoryError: raise
-    except UnidentifiedImageError: raise BadImage(path, f"no known image format, {len(content)} bytes") from None
+    except UnidentifiedImageError:
+        raise BadImage(path, f"no known image format, {len(content)} bytes") from None
     except Exception as e:  # each decoder has its own ways to fail
         raise BadImage(path, one_line(str(e) or type(e).__name__, 200)) from e
     return rearrange(torch.from_numpy(np.array(cropped)), "h w c -> c h w").contiguous(), mode
@@ -231,7 +242,8 @@ def load_image(path: Path | str,    # an image file
                size: int,           # s, pixels along a side
                flip: bool = False,  # mirror it, left to right
                ) -> Tensor:         # [3, s, s] uint8
-    "Read, convert, crop. Raises `BadImage` for a file that can't be decoded, `BadInput` for one that can't be read."
+    """Read, convert, crop. Raises `BadImage` for a file that can't be decoded, `BadInput` for one that can't
+    be read."""
     image = _decode(path, size)[0]
     return image.flip(-1) if flip else image
 
@@ -243,8 +255,9 @@ def load_images(
     batch: int = 64,             # B, images at a time
     workers: int | None = None,  # threads; None = one per processor that this process may use, at most 16
 ) -> Iterator[tuple[Tensor, list]]:
-    """Batches in the order of `rows`: images [B, 3, s, s] uint8 (the last batch may be smaller), and for each
-    image the mode of its file, as in `RGB`, or its `BadImage`. Raises `BadInput` for a file that can't be read."""
+    """Batches in the order of `rows`: images [B, 3, s, s] uint8 (the last batch may be smaller), and for
+    each image the mode of its file, as in `RGB`, or its `BadImage`. Raises `BadInput` for a file that
+    can't be read."""
     def attempt(row):
         try: return _decode(tree.root/tree.files[row], size)
         except BadImage as e: return torch.zeros(3, size, size, dtype=torch.uint8), e
@@ -268,15 +281,16 @@ def check_bad(bad: dict[str, str],  # file -> reason
     "Raises `BadInput` where more than `max_bad` files are bad, with the names of the first three."
     if len(bad) > max_bad:
         first = ", ".join(f"{file} ({reason})" for file, reason in list(bad.items())[:3])
-        raise BadInput(f"{len(bad)} of {total} images cannot be decoded; expected at most max_bad={max_bad}. First: {first}")
+        raise BadInput(f"{len(bad)} of {total} images cannot be decoded; expected at most max_bad={max_bad}. "
+                       f"First: {first}")
 
 # %% ../nbs/11_data.ipynb #11-051
 def class_names(
     classes,                         # names of the class folders, as `ImageTree.classes`
     path: Path | str | None = None,  # JSON, {folder: name}; None = the folders' own names
 ) -> tuple[str, ...]:                # one per class, for prompts
-    """The first synonym, underscores and other blanks as single spaces. Raises `BadInput` for a file that isn't such
-    a table, that lacks a class, or whose name for one is no printable text."""
+    """The first synonym, underscores and other blanks as single spaces. Raises `BadInput` for a file that
+    isn't such a table, that lacks a class, or whose name for one is no printable text."""
     table = {c: c for c in classes} if path is None else read_json(path, dict[str, str])
     source = "class folders" if path is None else one_line(path)
     names = [" ".join(table.get(c, "").split(",")[0].replace("_", " ").split()) for c in classes]

@@ -66,7 +66,8 @@ def samples_for(scores: Tensor, # [n, B] rewards of n candidates for each of B l
     return next((m for m in range(1, len(scores) + 1) if expected_best(scores, m).mean().item() >= reward), None)
 
 # %% ../nbs/10b_guards.ipynb #10-020
-METRICS = dict(digits=("fd", "coverage", "diversity", "accuracy", "score", "watch"), imagenet=("diversity", "score", "watch"))
+METRICS = dict(digits=("fd", "coverage", "diversity", "accuracy", "score", "watch"),
+               imagenet=("diversity", "score", "watch"))
 WATCHING = ("heldout", "clip", "classifier")  # what `rl.watch` may be on digits
 _RISING = ("fd",)                             # worse where it is larger
 
@@ -98,8 +99,9 @@ def parse_guards(text: str,            # as `rl.guard`: `metric share`, several 
         except (IndexError, ValueError): metric, share = "", math.nan
         fits = len(words) == 2 and 0 < share <= 1e6 and metric in METRICS["digits"]
         if not fits or metric in [g.metric for g in found]:
-            raise BadInput(f"rl.guard={given(text)}: {given(part.strip())} is no guard; expected metric and share, "
-                           f"each metric once, as in `diversity 0.1, fd 0.5` ({', '.join(METRICS['digits'])})")
+            raise BadInput(f"rl.guard={given(text)}: {given(part.strip())} is no guard; expected metric and "
+                           "share, each metric once, as in `diversity 0.1, fd 0.5` "
+                           f"({', '.join(METRICS['digits'])})")
         found.append(Guard(metric, share))
     return tuple(found)
 
@@ -114,7 +116,8 @@ def watching(cfg: Config,  # the whole configuration
              ) -> Config:  # the same, with the text reward that watches in place of the one that is maximised
     "What `make_text_reward` wants to hear, to build `rl.watch`."
     r = cfg.rl
-    return replace(cfg, rl=replace(r, reward=r.watch, reward_weights=r.watch_weights, reward_model=r.watch_model or r.reward_model))
+    model = r.watch_model or r.reward_model
+    return replace(cfg, rl=replace(r, reward=r.watch, reward_weights=r.watch_weights, reward_model=model))
 
 
 @contextmanager
@@ -129,23 +132,26 @@ def about_watch():
 def check_rl(
     cfg: Config,  # `rl.guard`, `rl.watch`, `rl.metric_every`
 ) -> None:
-    """Raises `BadInput` for a guard that can't be read, that asks for what isn't measured here, for a watch that is no
-    reward, and where nothing is measured at all."""
+    """Raises `BadInput` for a guard that can't be read, that asks for what isn't measured here, for a watch
+    that is no reward, and where nothing is measured at all."""
     r, here = cfg.rl, METRICS[cfg.data.name]
     guards, asked = parse_guards(r.guard), f"rl.guard={given(r.guard)}"
     if cfg.data.name == "digits" and r.watch and r.watch not in WATCHING:
-        raise BadInput(f"rl.watch={given(r.watch)}: expected one of {', '.join(WATCHING)} at this scale, or nothing")
+        raise BadInput(f"rl.watch={given(r.watch)}: expected one of {', '.join(WATCHING)} at this scale, or "
+                       "nothing")
     if cfg.data.name != "digits" and r.watch:
         with about_watch():
             if "classifier" in reward_terms(r.watch):
-                raise BadInput("rl.watch=classifier: a reward on digits; expected one of photographs, or nothing")
+                raise BadInput("rl.watch=classifier: a reward on digits; expected one of photographs, or "
+                               "nothing")
     if (guards or r.watch) and not cadence(cfg):
         raise BadInput(f"{asked}, rl.watch={given(r.watch)}: nothing is measured while rl.metric_every and "
                        "log.metric_every are 0; expected one of them > 0")
     for g in guards:
         if g.metric not in here:
             raise BadInput(f"{asked}: {g.metric} is not measured on photographs; expected {', '.join(here)}")
-        if g.metric == "watch" and not r.watch: raise BadInput(f"{asked}: nobody watches; expected rl.watch, too")
+        if g.metric == "watch" and not r.watch:
+            raise BadInput(f"{asked}: nobody watches; expected rl.watch, too")
 
 # %% ../nbs/10b_guards.ipynb #10-026
 def within_class(features: Tensor, # [n, F] of generated images

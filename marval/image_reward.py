@@ -154,12 +154,15 @@ def find_vocabulary(beside: str | Path,     # file of the weights
     from huggingface_hub import try_to_load_from_cache
     for repo in ("google-bert/bert-base-uncased", "bert-base-uncased"):
         if isinstance(found := try_to_load_from_cache(repo, "vocab.txt"), str): return Path(found)
-    raise BadInput(f"ImageReward's vocabulary is neither {near} nor in Hugging Face's cache: expected vocab.txt of bert-base-uncased, as `hf download google-bert/bert-base-uncased vocab.txt` fetches it")
+    raise BadInput(f"ImageReward's vocabulary is neither {near} nor in Hugging Face's cache: expected "
+                   "vocab.txt of bert-base-uncased, as `hf download google-bert/bert-base-uncased vocab.txt` "
+                   "fetches it")
 
 
 def word_pieces(path: str | Path,  # vocab.txt, one piece a line
                 ):                 # tokenizers' Tokenizer: text -> [CLS] pieces [SEP], padded to 35, with [DEC] and [ENC] as the last two
-    "BERT's cutter of words, lower case. Raises `BadInput` for a file that is missing, no vocabulary, or another one of the public length."
+    """BERT's cutter of words, lower case. Raises `BadInput` for a file that is missing, no vocabulary, or
+    another one of the public length."""
     from tokenizers import BertWordPieceTokenizer
     want = "vocab.txt of bert-base-uncased"
     try:
@@ -168,9 +171,12 @@ def word_pieces(path: str | Path,  # vocab.txt, one piece a line
     if len(raw) > _LARGEST_VOCAB: raise BadInput(f"{path}: more than {_LARGEST_VOCAB} bytes; expected {want}")
     try: words = raw.decode().removesuffix("\n").split("\n")
     except UnicodeDecodeError: raise BadInput(f"{path}: no text; expected {want}") from None
-    if lost := [w for w in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if w not in words]: raise BadInput(f"{path}: no {lost[0]} among its {len(words)} lines; expected {want}")
-    if len(set(words)) < len(words): raise BadInput(f"{path}: some of its {len(words)} lines are the same; expected {want}")
-    if len(words) == _PUBLIC and hashlib.sha256(raw).hexdigest() != _VOCAB: raise BadInput(f"{path}: {_PUBLIC} pieces, but others; expected {want}, sha256 {_VOCAB}")
+    if lost := [w for w in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if w not in words]:
+        raise BadInput(f"{path}: no {lost[0]} among its {len(words)} lines; expected {want}")
+    if len(set(words)) < len(words):
+        raise BadInput(f"{path}: some of its {len(words)} lines are the same; expected {want}")
+    if len(words) == _PUBLIC and hashlib.sha256(raw).hexdigest() != _VOCAB:
+        raise BadInput(f"{path}: {_PUBLIC} pieces, but others; expected {want}, sha256 {_VOCAB}")
     cutter = BertWordPieceTokenizer({w: i for i, w in enumerate(words)})
     cutter.add_special_tokens(["[DEC]", "[ENC]"])
     cutter.enable_padding(length=_LENGTH, pad_id=words.index("[PAD]"))
@@ -220,31 +226,43 @@ class ImageReward(nn.Module):
 # %% ../nbs/09d_image_reward.ipynb #09-023
 _WANT = "the weights of ImageReward (ImageReward.pt)"
 _V, _T = "blip.visual_encoder.", "blip.text_encoder."
-_UNUSED = {"blip.vision_proj.weight", "blip.vision_proj.bias", "blip.text_proj.weight", "blip.text_proj.bias", _T + "embeddings.position_ids"}
+_UNUSED = {"blip.vision_proj.weight", "blip.vision_proj.bias", "blip.text_proj.weight", "blip.text_proj.bias",
+           _T + "embeddings.position_ids"}
 
 
 def _sizes(state, path):
     "Read off the shapes of a state dict."
     def shape(name, ndim):
-        if not isinstance(t := state.get(name), Tensor): raise BadInput(f"{path}: tensor {name} is missing; expected {_WANT}")
-        if t.ndim != ndim or 0 in t.shape: raise BadInput(f"{path}: {name} has shape {list(t.shape)}; expected {ndim} dimensions, none empty")
+        if not isinstance(t := state.get(name), Tensor):
+            raise BadInput(f"{path}: tensor {name} is missing; expected {_WANT}")
+        if t.ndim != ndim or 0 in t.shape:
+            raise BadInput(f"{path}: {name} has shape {list(t.shape)}; expected {ndim} dimensions, none "
+                           "empty")
         return t.shape
     def blocks(stem): return len({k[len(stem):].split(".")[0] for k in map(str, state) if k.startswith(stem)})
     (W, _, p, _), (_, n, _) = shape(_V + "patch_embed.proj.weight", 4), shape(_V + "pos_embed", 3)
-    side, (words, D), positions = math.isqrt(n - 1), shape(_T + "embeddings.word_embeddings.weight", 2), shape(_T + "embeddings.position_embeddings.weight", 2)[0]
-    if side < 1 or side**2 != n - 1: raise BadInput(f"{path}: {_V}pos_embed has {n} positions; expected 1 and a square of patches")
-    if W % _HEAD or D % _HEAD: raise BadInput(f"{path}: vectors of {W} and {D} numbers; expected multiples of {_HEAD}, the width of a head")
-    if positions < _LENGTH: raise BadInput(f"{path}: {positions} positions of words; expected at least {_LENGTH}")
-    hidden, text_hidden = shape(_V + "blocks.0.mlp.fc1.weight", 2)[0], shape(_T + "encoder.layer.0.intermediate.dense.weight", 2)[0]
+    side, (words, D) = math.isqrt(n - 1), shape(_T + "embeddings.word_embeddings.weight", 2)
+    positions = shape(_T + "embeddings.position_embeddings.weight", 2)[0]
+    if side < 1 or side**2 != n - 1:
+        raise BadInput(f"{path}: {_V}pos_embed has {n} positions; expected 1 and a square of patches")
+    if W % _HEAD or D % _HEAD:
+        raise BadInput(f"{path}: vectors of {W} and {D} numbers; expected multiples of {_HEAD}, the width of "
+                       "a head")
+    if positions < _LENGTH:
+        raise BadInput(f"{path}: {positions} positions of words; expected at least {_LENGTH}")
+    hidden = shape(_V + "blocks.0.mlp.fc1.weight", 2)[0]
+    text_hidden = shape(_T + "encoder.layer.0.intermediate.dense.weight", 2)[0]
     depths = blocks(_V + "blocks."), blocks(_T + "encoder.layer.")
     if max(depths) > 256 or p * side > 4096:
-        raise BadInput(f"{path}: {max(depths)} blocks, images of {p * side} pixels; expected at most 256 and 4096")
+        raise BadInput(f"{path}: {max(depths)} blocks, images of {p * side} pixels; expected at most 256 and "
+                       "4096")
     return BlipSizes(p * side, p, W, depths[0], hidden, words, positions, D, depths[1], text_hidden)
 
 # %% ../nbs/09d_image_reward.ipynb #09-024
 def _matched(path, vocab, checkpoint):
     "ImageReward without numbers, its vocabulary, and the tensors of a file, whose names and shapes fit."
-    state = {k: v for k, v in read_foreign(path, _WANT).items() if k not in _UNUSED}  # weights only: runs nothing
+    # weights only: runs nothing
+    state = {k: v for k, v in read_foreign(path, _WANT).items() if k not in _UNUSED}
     sizes = _sizes(state, path)
     with torch.device("meta"): model = ImageReward(sizes, checkpoint=checkpoint)
     have = {k: (list(v.shape), v.dtype) for k, v in state.items() if isinstance(v, Tensor)}
@@ -252,7 +270,8 @@ def _matched(path, vocab, checkpoint):
     source = find_vocabulary(path, vocab)
     model.words = word_pieces(source)
     if (n := model.words.get_vocab_size()) != sizes.words:
-        raise BadInput(f"{source}: {n - 2} word pieces; expected {sizes.words - 2}, for the weights in {path}")
+        raise BadInput(f"{source}: {n - 2} word pieces; expected {sizes.words - 2}, for the weights in "
+                       f"{path}")
     return model, state
 
 
@@ -261,8 +280,8 @@ def check_image_reward(
     prompts: list[str],      # sentences that it will have to read
     vocab: str | Path = "",  # vocab.txt, see `find_vocabulary`
 ) -> None:
-    """Compare names, shapes and vocabulary; numbers are not read. Raises `BadInput` as `load_image_reward` does, and for
-    a prompt that would be cut off."""
+    """Compare names, shapes and vocabulary; numbers are not read. Raises `BadInput` as `load_image_reward`
+    does, and for a prompt that would be cut off."""
     _matched(path, vocab, False)[0].encode(prompts)
 
 
@@ -273,10 +292,11 @@ def load_image_reward(
     checkpoint: bool = False,            # compute the blocks again in the backward pass
     vocab: str | Path = "",              # vocab.txt, see `find_vocabulary`
 ) -> ImageReward:                        # in evaluation mode; its weights ask for no gradient
-    """ImageReward from a file. Raises `BadInput` on a missing, truncated, foreign or unsafe one, names the first tensor
-    that is missing, misshapen or unknown, and says where a vocabulary was looked for."""
+    """ImageReward from a file. Raises `BadInput` on a missing, truncated, foreign or unsafe one, names the
+    first tensor that is missing, misshapen or unknown, and says where a vocabulary was looked for."""
     model, state = _matched(path, vocab, checkpoint)
     _check_state(state, model, path, _WANT)
     kind = lambda k: dtype if k.startswith("blip.") else torch.promote_types(dtype, torch.float32)
-    model.load_state_dict({k: v.detach().to(device, kind(k), copy=True) for k, v in state.items()}, assign=True)
+    state = {k: v.detach().to(device, kind(k), copy=True) for k, v in state.items()}
+    model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)

@@ -37,8 +37,8 @@ def encode_views(
     encode,          # images [B, 3, s, s] in [-1, 1] -> moments [B, 2C, h, w]
     images: Tensor,  # [B, 3, s, s] uint8
 ) -> Tensor:         # [B, 2, 2C, h, w] float16: of the image, and of its mirror image
-    r"""$(\mu, \min(\max(\log\sigma^2, -30), 20))$ of $x$ and of $x$ mirrored. Raises `BadInput` where they aren't
-    moments, or don't fit into float16."""
+    r"""$(\mu, \min(\max(\log\sigma^2, -30), 20))$ of $x$ and of $x$ mirrored. Raises `BadInput` where they
+    aren't moments, or don't fit into float16."""
     x = to_latents(images.float() / 255)
     views = torch.stack([encode(x), encode(x.flip(-1))], 1)
     if views.ndim != 5 or views.shape[2] % 2:
@@ -122,14 +122,16 @@ def _same(path, theirs, mine, remedy):
     theirs = asdict(theirs)
     for key, wanted in asdict(mine).items():
         if theirs[key] == wanted: continue
-        raise BadInput(f"{path} was made with {key}={str(theirs[key])[:24]}; expected {key}={str(wanted)[:24]}: {remedy}")
+        raise BadInput(f"{path} was made with {key}={str(theirs[key])[:24]}; expected "
+                       f"{key}={str(wanted)[:24]}: {remedy}")
 
 
 def _name(k): return f"shard-{k:05d}.safetensors"
 
 
 def _record(out, k, recipe):
-    "The record of a shard, or nothing if there is none (any more). Raises `BadInput` for one of another recipe."
+    """The record of a shard, or nothing if there is none (any more). Raises `BadInput` for one of another
+    recipe."""
     path = (out/_name(k)).with_suffix(".json")
     try: record = read_json(path, Record)
     except BadInput: return None
@@ -181,20 +183,23 @@ def _open_shard(path, k, recipe, images, latent, size):
         header = parse_json(dict[str, dict], file.read(min(length, 1 << 20)), path.name)
         made_by = parse_json(dict, header.pop("__metadata__").pop("marval"), path.name)
         checks = np.frombuffer(file.read(16 * images), np.int64).reshape(images, 2)
-    except OSError as e: raise BadInput(f"cannot read {path}: {e.strerror}; expected a shard: {_AGAIN}") from e
+    except OSError as e:
+        raise BadInput(f"cannot read {path}: {e.strerror}; expected a shard: {_AGAIN}") from e
     except (KeyError, TypeError, ValueError) as e:
         raise BadInput(f"{path}: its header is damaged; expected a shard of {images} images: {_AGAIN}") from e
     for key, wanted in (asdict(recipe) | dict(number=k)).items():
         if made_by.get(key) == wanted: continue
-        raise BadInput(f"{path} was made with {key}={one_line(made_by.get(key), 24)}; expected {key}={str(wanted)[:24]}: "
-                       f"its cache mixes versions, {_AGAIN}")
+        raise BadInput(f"{path} was made with {key}={one_line(made_by.get(key), 24)}; expected "
+                       f"{key}={str(wanted)[:24]}: its cache mixes versions, {_AGAIN}")
     if header != _header(recipe, k, images, latent):
-        raise BadInput(f"{path}: its header is damaged, or of another shape; expected a shard of {images} images: {_AGAIN}")
+        raise BadInput(f"{path}: its header is damaged, or of another shape; expected a shard of {images} "
+                       f"images: {_AGAIN}")
     return _OpenShard(file, 8 + length + 16 * images, checks)
 
 # %% ../nbs/12_latents.ipynb #12-015
 def _encode_rows(tree, rows, encode, size, batch, workers, device, max_bad, bar):
-    "Moments of the rows that could be decoded; {file: reason} of the others; {mode: files} that were not RGB."
+    """Moments of the rows that could be decoded; {file: reason} of the others; {mode: files} that were not
+    RGB."""
     moments, good, bad, converted, done = None, [], {}, {}, 0
     for images, notes in load_images(tree, rows, size, batch, workers):
         views = encode_views(encode, images.to(device)).cpu()
@@ -215,7 +220,8 @@ def _write_shard(out, k, recipe, moments, bad, converted):
     "The shard, then its record, which is returned."
     from safetensors.torch import save_file
     path = out/_name(k)
-    made_by = json.dumps(asdict(recipe) | dict(number=k))  # one entry: safetensors stores several in random order
+    # one entry: safetensors stores several in random order
+    made_by = json.dumps(asdict(recipe) | dict(number=k))
     tensors = dict(moments=moments, checks=_checks(moments))
     atomic_write(path, lambda temp: save_file(tensors, temp, metadata=dict(marval=made_by)))
     _, _, channels, h, w = moments.shape
@@ -251,7 +257,8 @@ def _write_manifest(tree, out, recipe, records, max_bad):
         for mode, files in r.converted.items(): converted[mode] = converted.get(mode, 0) + len(files)
     check_bad(skipped, max_bad, len(tree))
     rows = torch.tensor([i for i, file in enumerate(tree.files) if file not in skipped])
-    if not len(rows): raise BadInput(f"{tree.root}: none of {len(tree)} images can be decoded; expected images")
+    if not len(rows):
+        raise BadInput(f"{tree.root}: none of {len(tree)} images can be decoded; expected images")
     index, tensors = out/"index.safetensors", dict(labels=tree.labels[rows].int(), rows=rows.int())
     atomic_write(index, lambda temp: save_file(tensors, temp))
     shards = [Shard(_name(r.shard), r.images, r.bytes, r.sha256) for r in records]
@@ -265,7 +272,8 @@ def _write_manifest(tree, out, recipe, records, max_bad):
 def _stands(out, k, recipe, record, files):
     "Is the shard what its record says, and the record what these image files can give?"
     if record is None or not _there(out, record) or sha256(out/_name(k)) != record.sha256: return False
-    if not record.skipped.keys() <= set(files) or record.images != len(files) - len(record.skipped): return False
+    if not record.skipped.keys() <= set(files) or record.images != len(files) - len(record.skipped):
+        return False
     try: _open_shard(out/_name(k), k, recipe, record.images, record.latent, record.bytes).file.close()
     except BadInput: return False
     return True
@@ -287,11 +295,12 @@ def build_cache(
     patience: float = 3600.0,    # seconds without a new shard after which rank 0 gives up waiting
     progress: bool = True,       # a bar with the time left, of rank 0's own share
 ) -> Manifest | None:            # nothing for the other ranks, which don't wait
-    r"""Rank $r$ makes the shards $k \equiv r \pmod R$ that don't stand yet; rank 0 then waits for all and writes index
-    and manifest. Raises `BadInput`, leaving whole shards only, for a folder of another recipe, too many bad images,
-    a full disk."""
+    r"""Rank $r$ makes the shards $k \equiv r \pmod R$ that don't stand yet; rank 0 then waits for all and
+    writes index and manifest. Raises `BadInput`, leaving whole shards only, for a folder of another
+    recipe, too many bad images, a full disk."""
     if not 0 <= rank < world: raise BadInput(f"rank {rank} of {world}: expected 0 <= rank < world")
-    if min(size, shard, batch) < 1: raise BadInput(f"size={size}, shard={shard}, batch={batch}: expected at least 1 each")
+    if min(size, shard, batch) < 1:
+        raise BadInput(f"size={size}, shard={shard}, batch={batch}: expected at least 1 each")
     out, recipe, count = ensure_folder(out), _recipe(tree, size, vae, shard), math.ceil(len(tree) / shard)
     span = lambda k: range(k * shard, min((k + 1) * shard, len(tree)))
     files = lambda k: tree.files[k * shard:(k + 1) * shard]
@@ -315,11 +324,12 @@ def _manifest(path, vae):
     if not name.exists():
         found = len(list(path.glob("shard-*.json")))
         if not found: raise BadInput(f"{path} has no manifest.json; expected the folder of a latent cache")
-        raise BadInput(f"{path} is an unfinished latent cache, {found} shards so far; expected manifest.json: "
-                       "run its build to the end")
+        raise BadInput(f"{path} is an unfinished latent cache, {found} shards so far; expected "
+                       "manifest.json: run its build to the end")
     m = read_json(name, Manifest)
     if m.recipe.format != _FORMAT:
-        raise BadInput(f"{name} has format {one_line(m.recipe.format, 24)}; expected {_FORMAT}: build the cache again")
+        raise BadInput(f"{name} has format {one_line(m.recipe.format, 24)}; expected {_FORMAT}: build the "
+                       "cache again")
     if vae not in (None, m.recipe.vae):
         raise BadInput(f"{path} was made by the tokenizer {m.recipe.vae[:24]}; expected {vae[:24]}: "
                        "build a cache with this one")
@@ -340,7 +350,8 @@ def _index(path, m):
     try:
         with open_regular(path) as f: tensors = load(f.read())
         labels, rows = tensors["labels"], tensors["rows"]
-    except Exception as e: raise BadInput(f"{path}: no index ({one_line(e, 200)}); expected labels and rows") from e
+    except Exception as e:
+        raise BadInput(f"{path}: no index ({one_line(e, 200)}); expected labels and rows") from e
     for name, x, end in (("labels", labels, len(m.classes)), ("rows", rows, m.recipe.files)):
         if x.dtype != torch.int32 or x.shape != (m.images,) or x.min() < 0 or x.max() >= end:
             raise BadInput(f"{path}: {name} of shape {list(x.shape)} {x.dtype}; "
@@ -348,10 +359,30 @@ def _index(path, m):
     if (rows.diff() <= 0).any(): raise BadInput(f"{path}: rows out of order; expected each image once")
     return labels.long(), rows.long()
 
+# %% ../nbs/12_latents.ipynb #12-032c
+def _read_view(cache, i, mirrored, view):
+    "One view [2C, h, w] of a cache into a buffer. Raises `BadInput` where it is not what was written."
+    if not 0 <= i < len(cache): raise BadInput(f"image {i}: expected 0 to {len(cache) - 1}")
+    k = bisect_right(cache.starts, i) - 1
+    shard, j = cache.shards[k], i - cache.starts[k]
+    path, position = cache.path/_name(k), shard.start + (2 * j + mirrored) * len(view)
+    try: got = os.preadv(shard.file.fileno(), [view], position)
+    except OSError as e:
+        raise BadInput(f"cannot read {path}: {e.strerror}; expected image {i} there") from e
+    if got != len(view): raise BadInput(f"{path} has become too short; expected image {i} there: {_AGAIN}")
+    if zlib.crc32(view) != shard.checks[j, mirrored]:
+        raise BadInput(f"{path} is damaged: image {i} is not what was written; {_AGAIN}")
+
+def _compare_digests(path, m):
+    "Read all shards. Raises `BadInput` at the first that is not what was written."
+    for s in m.shards:
+        if (found := sha256(path/s.file)) == s.sha256: continue
+        raise BadInput(f"{path/s.file} has checksum {found[:16]}; expected {s.sha256[:16]}: {_AGAIN}")
+
 # %% ../nbs/12_latents.ipynb #12-033
 class LatentCache:
-    """A finished cache, opened for reading. `labels` [n] and `rows` [n] (image of the tree) are in memory, moments stay
-    on disk."""
+    """A finished cache, opened for reading. `labels` [n] and `rows` [n] (image of the tree) are in memory,
+    moments stay on disk."""
     def __init__(
         self,
         path: Path | str,        # folder of the cache
@@ -367,23 +398,9 @@ class LatentCache:
                        for k, s in enumerate(m.shards)]
         self.starts = np.cumsum([0, *(s.images for s in m.shards[:-1])]).tolist()
         self.labels, self.rows = _index(self.path, m)
-        for s in m.shards if full else ():
-            if (found := sha256(self.path/s.file)) != s.sha256:
-                raise BadInput(f"{self.path/s.file} has checksum {found[:16]}; expected {s.sha256[:16]}: {_AGAIN}")
+        if full: _compare_digests(self.path, m)
 
     def __len__(self) -> int: return len(self.labels)
-
-    def _read(self, i, mirrored, view):
-        "One view [2C, h, w] into a buffer."
-        if not 0 <= i < len(self): raise BadInput(f"image {i}: expected 0 to {len(self) - 1}")
-        k = bisect_right(self.starts, i) - 1
-        shard, j = self.shards[k], i - self.starts[k]
-        path, position = self.path/_name(k), shard.start + (2 * j + mirrored) * len(view)
-        try: got = os.preadv(shard.file.fileno(), [view], position)
-        except OSError as e: raise BadInput(f"cannot read {path}: {e.strerror}; expected image {i} there") from e
-        if got != len(view): raise BadInput(f"{path} has become too short; expected image {i} there: {_AGAIN}")
-        if zlib.crc32(view) != shard.checks[j, mirrored]:
-            raise BadInput(f"{path} is damaged: image {i} is not what was written; {_AGAIN}")
 
     def moments(
         self,
@@ -395,7 +412,7 @@ class LatentCache:
         out = torch.empty(len(indices), 2 * channels, h, w, dtype=torch.float16)
         rows, size = memoryview(out.numpy()).cast("B"), 4 * channels * h * w  # size: bytes of one view
         for j, (i, mirrored) in enumerate(zip(indices.tolist(), flip.tolist())):
-            self._read(i, int(mirrored), rows[j * size:(j + 1) * size])
+            _read_view(self, i, int(mirrored), rows[j * size:(j + 1) * size])
         return out
 
     def batch(
@@ -404,19 +421,22 @@ class LatentCache:
         flip: Tensor,     # [B] 1 = the mirror image
         noise: Tensor,    # [B, C, h, w] standard normal
     ) -> tuple[Tensor, Tensor]:  # latents [B, C, h, w] float32, times `scale`; labels [B] long
-        r"$z = \text{scale}\cdot(\mu + e^{\frac12\log\sigma^2}\,\epsilon)$. Raises `BadInput` as `moments` does."
+        r"""$z = \text{scale}\cdot(\mu + e^{\frac12\log\sigma^2}\,\epsilon)$. Raises `BadInput` as `moments`
+        does."""
         mean, logvar = self.moments(indices, flip).float().chunk(2, 1)
         z = self.scale * (mean + (logvar / 2).exp() * noise)
-        if not z.isfinite().all(): raise BadInput(f"{self.path} holds moments that are not finite; expected numbers")
+        if not z.isfinite().all():
+            raise BadInput(f"{self.path} holds moments that are not finite; expected numbers")
         return z, self.labels[indices]
 
 # %% ../nbs/12_latents.ipynb #12-039
-def image_draws(seed: int,         # seed of the run
-                name: str,         # the stage
-                i: int,            # number of the step
-                positions,         # places in the global batch, a sequence of ints
-                latent,            # [C, h, w]
-                ) -> tuple[Tensor, Tensor]: # flips [b] long, 0 or 1 with equal probability; noise [b, C, h, w] standard normal
+def image_draws(
+    seed: int,   # seed of the run
+    name: str,   # the stage
+    i: int,      # number of the step
+    positions,   # places in the global batch, a sequence of ints
+    latent,      # [C, h, w]
+) -> tuple[Tensor, Tensor]:  # flips [b] long, 0 or 1 alike; noise [b, C, h, w] standard normal
     r"For each position $j$, one coin and $C h w$ normals from a generator seeded by (seed, name, i, j)."
     flips, noise = [], torch.empty(len(positions), *latent)
     for row, j in zip(noise, positions):
@@ -425,31 +445,45 @@ def image_draws(seed: int,         # seed of the run
         row.normal_(generator=g)
     return torch.cat(flips), noise
 
-
+# %% ../nbs/12_latents.ipynb #12-039b
 class LatentLoader:
-    "`loader(i)` is this rank's share of step i: latents [B/R, C, h, w] times the cache's scale, labels [B/R], on `device`. The next steps are prepared meanwhile."
-    def __init__(self, cache: LatentCache, # where from
-                 batch: int,               # B, images a step, over all ranks
-                 seed: int,                # seed of the run
-                 name: str,                # the stage: part of every seed
-                 rank: int = 0,            # number of this process
-                 world: int = 1,           # R, processes
-                 device="cpu",             # where the batch is wanted
-                 prefetch: int = 2,        # steps prepared ahead
-                 threads: int = 2,         # that prepare them
-                 ):
-        "Raises `BadInput` for a batch that can't be divided among the ranks, or a cache smaller than one batch."
+    """`loader(i)` is this rank's share of step i, on `device`: latents [B/R, C, h, w] times the cache's scale,
+    labels [B/R]. The next steps are prepared meanwhile."""
+    def __init__(
+        self,
+        cache: LatentCache,  # where from
+        batch: int,          # B, images a step, over all ranks
+        seed: int,           # seed of the run
+        name: str,           # the stage: part of every seed
+        rank: int = 0,       # number of this process
+        world: int = 1,      # R, processes
+        device="cpu",        # where the batch is wanted
+        prefetch: int = 2,   # steps prepared ahead
+        threads: int = 2,    # that prepare them
+    ):
+        "Raises `BadInput` for a batch that can't be divided among the ranks, or larger than the cache."
         if not 0 <= rank < world or batch % world or batch < 1:
-            raise BadInput(f"batch {batch}, rank {rank} of {world}: expected 0 <= rank < world, and a batch that is a multiple of {world}")
-        if len(cache) < batch: raise BadInput(f"{cache.path} has {len(cache)} images; expected at least one batch of {batch}")
-        self.cache, self.batch, self.seed, self.name, self.positions = cache, batch, seed, name, range(rank * batch // world, (rank + 1) * batch // world)
-        self.device, self.prefetch, self.ahead, self.pool = torch.device(device), prefetch, {}, ThreadPoolExecutor(threads, "latents")
+            raise BadInput(f"batch {batch}, rank {rank} of {world}: expected 0 <= rank < world, "
+                           f"and a batch that is a multiple of {world}")
+        if len(cache) < batch:
+            raise BadInput(f"{cache.path} has {len(cache)} images; expected at least one batch of {batch}")
+        self.cache = cache
+        self.batch = batch
+        self.seed, self.name = seed, name
+        self.positions = range(rank * batch // world, (rank + 1) * batch // world)
+        self.device = torch.device(device)
+        self.prefetch = prefetch
+        self.ahead = {}
+        self.pool = ThreadPoolExecutor(threads, "latents")
 
-    def prepare(self, i: int,              # number of the step
-                ) -> tuple[Tensor, Tensor]: # latents [B/R, C, h, w], labels [B/R], in the host's memory
+    def prepare(
+        self,
+        i: int,  # number of the step
+    ) -> tuple[Tensor, Tensor]:  # latents [B/R, C, h, w], labels [B/R], in the host's memory
         "A function of i alone."
         rows = batch_indices(len(self.cache), self.batch, i, self.seed, self.name)[list(self.positions)]
-        both = self.cache.batch(rows, *image_draws(self.seed, self.name, i, self.positions, self.cache.latent))
+        draws = image_draws(self.seed, self.name, i, self.positions, self.cache.latent)
+        both = self.cache.batch(rows, *draws)
         return tuple(x.pin_memory() for x in both) if self.device.type == "cuda" else both
 
     def __call__(self, i: int) -> tuple[Tensor, Tensor]:

@@ -193,7 +193,8 @@ def read_mapped(
     try:
         with open_regular(_file_name(path), want) as f: size = int.from_bytes(f.read(8), "little")
         if size > _LARGEST_HEADER:
-            raise BadInput(f"{path}: truncated, or not safetensors (a header of {size} bytes); expected {want}")
+            raise BadInput(f"{path}: truncated, or not safetensors (a header of {size} bytes); expected "
+                           f"{want}")
         with safe_open(path, "pt") as f: return {k: f.get_tensor(k) for k in f.keys()}
     except BadInput: raise
     except SafetensorError as e:

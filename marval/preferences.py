@@ -26,7 +26,8 @@ def load_hpsv2(path: str | Path,                   # HPS_v2_compressed.pt or HPS
     return load_text_score(path, device, dtype, checkpoint, model, scale=1.0, fit="longest", levels=False)
 
 # %% ../nbs/09c_preferences.ipynb #09-008
-_HEAD = "LAION's aesthetic head on 768 features: sac+logos+ava1-l14-linearMSE.pth, or one linear layer (weight, bias)"
+_HEAD = ("LAION's aesthetic head on 768 features: sac+logos+ava1-l14-linearMSE.pth, "
+         "or one linear layer (weight, bias)")
 _LAYERS = ("layers.0", "layers.2", "layers.4", "layers.6", "layers.7")  # dropout stands at 1, 3 and 5
 
 
@@ -34,13 +35,14 @@ def read_head(
     path: str | Path,        # .pth or .safetensors
     width: int,              # E, of the image features
 ) -> tuple[Tensor, Tensor]:  # w [E] and b [], float64
-    r"""$w^\top=W_5\cdots W_1$ and $b=W_5(\cdots(W_2b_1+b_2)\cdots)+b_5$; one layer is itself. Raises `BadInput` on a
-    missing, unsafe or foreign file, and on numbers that are not finite."""
+    r"""$w^\top=W_5\cdots W_1$ and $b=W_5(\cdots(W_2b_1+b_2)\cdots)+b_5$; one layer is itself. Raises
+    `BadInput` on a missing, unsafe or foreign file, and on numbers that are not finite."""
     state = _read(path, _HEAD)
     names = [""] if "weight" in state else [f"{k}." for k in _LAYERS]
     wanted = {f"{k}{leaf}" for k in names for leaf in ("weight", "bias")}
     if odd := sorted(wanted ^ state.keys()):
-        raise BadInput(f"{path}: tensor {odd[0]} is {'missing' if odd[0] in wanted else 'unknown'}; expected {_HEAD}")
+        raise BadInput(f"{path}: tensor {odd[0]} is {'missing' if odd[0] in wanted else 'unknown'}; expected "
+                       f"{_HEAD}")
     for k, v in state.items():
         if not isinstance(v, Tensor) or not v.is_floating_point():
             raise BadInput(f"{path}: {k} is no tensor of floating-point numbers; expected {_HEAD}")
@@ -55,7 +57,7 @@ def read_head(
     if len(b) != 1: raise BadInput(f"{path}: its last layer has {len(b)} outputs; expected 1, the score")
     return w[0], b[0]
 
-
+# %% ../nbs/09c_preferences.ipynb #09-008b
 class Aesthetic(TextScore):
     r"$R(x)=\langle w, v(x)\rangle+b$ with $v$ of unit length: points from 1 to 10, whatever the prompt."
     def __init__(self,

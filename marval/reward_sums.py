@@ -66,7 +66,7 @@ _HUB = {
     "aesthetic.tower": ("openai/clip-vit-large-patch14", "model.safetensors"),
     "imagereward": ("zai-org/ImageReward", "ImageReward.pt"),
 }
-_MODELS = {"pickscore": "ViT-H-14", "clip": "ViT-H-14", "hpsv2": "ViT-H-14", "aesthetic": "ViT-L-14-quickgelu"}
+_MODELS = dict(pickscore="ViT-H-14", clip="ViT-H-14", hpsv2="ViT-H-14", aesthetic="ViT-L-14-quickgelu")
 
 
 def by_name(
@@ -85,7 +85,7 @@ def by_name(
         out[name] = value
     return out
 
-
+# %% ../nbs/09e_reward_sums.ipynb #09-010a
 def cached(
     repo: str,  # OWNER/REPO
     file: str,  # its name there
@@ -107,7 +107,9 @@ def on_disk(
 def absolute_files(
     text: str,  # `rl.reward_weights` as typed
 ) -> str:       # the same, every path absolute; names of the hub stay
-    def path(p): return found if (found := on_disk(p)) != p else os.path.join(os.getcwd(), os.path.expanduser(p))
+    def path(p):
+        found = on_disk(p)
+        return found if found != p else os.path.join(os.getcwd(), os.path.expanduser(p))
     named = by_name(text, "--reward").items()
     return ",".join(f"{name}={path(p)}" if name else path(p) for name, p in named)
 
@@ -115,8 +117,8 @@ def absolute_files(
 def reward_files(
     cfg: Config,      # `rl.reward` and `rl.reward_weights`
 ) -> dict[str, str]:  # part: path of its weights
-    """Files of all parts, as given or as in Hugging Face's cache. Raises `BadInput` where there is none, or for which
-    there is no use."""
+    """Files of all parts, as given or as in Hugging Face's cache. Raises `BadInput` where there is none, or
+    for which there is no use."""
     r, files = cfg.rl, by_name(cfg.rl.reward_weights, "rl.reward_weights")
     terms = reward_terms(r.reward)
     names = [name for t in terms for name in ([t, "aesthetic.tower"] if t == "aesthetic" else [t])]
@@ -131,8 +133,8 @@ def reward_files(
     for name in (n for n, path in found.items() if not path):
         hub = _HUB.get(name)
         fetch = f", or, once fetched by `hf download {' '.join(hub)}`, nothing" if hub else ""
-        raise BadInput(f"--reward is missing: scale {cfg.scale} needs the weights of {name} (rl.reward_weights); "
-                       f"expected their file{fetch}")
+        raise BadInput(f"--reward is missing: scale {cfg.scale} needs the weights of {name} "
+                       f"(rl.reward_weights); expected their file{fetch}")
     return found
 
 
@@ -164,8 +166,8 @@ def _lines(path, name):
 def prompt_templates(
     cfg: Config,  # `rl.prompts`, or `rl.prompt` where that is empty
 ) -> list[str]:   # T templates
-    """Lines of the file but for blank ones and those that begin with #. Raises `BadInput` for a file that isn't there or
-    holds no template, and for a line without its one `{}`, or that can't be printed."""
+    """Lines of the file but for blank ones and those that begin with #. Raises `BadInput` for a file that
+    isn't there or holds no template, and for a line without its one `{}`, or that can't be printed."""
     if not (path := cfg.rl.prompts):
         prompts(cfg.rl.prompt, ("name",), [0])
         return [cfg.rl.prompt]
@@ -199,7 +201,7 @@ def make_score(
     loaders = dict(pickscore=load_pickscore, clip=load_clip_score, hpsv2=load_hpsv2)
     return loaders[name](files[name], device, dtype, checkpoint, models[name])
 
-
+# %% ../nbs/09e_reward_sums.ipynb #09-018a
 def _asked(cfg, names):
     "What `rl` asks for: weights of the terms, files, architectures, and prompts [classes][templates]."
     terms = reward_terms(cfg.rl.reward)
@@ -214,12 +216,12 @@ def _asked(cfg, names):
 
 @torch.no_grad()
 def make_text_reward(
-    cfg: Config,  # `rl.reward...`, `rl.prompt`, `rl.prompts`, `rl.recompute`; `compute.precision`: image towers'
-    names,        # name of each class, see `prompt_names`
+    cfg: Config,                         # its `rl`; `compute.precision` is the image towers'
+    names,                               # name of each class, see `prompt_names`
     device: str | torch.device = "cpu",  # where it shall be
-) -> OfClasses:   # frozen; text towers are gone
-    """The reward on photographs, with the prompts of all classes encoded. Raises `BadInput` as its parts do, before
-    weights are read where that is possible."""
+) -> OfClasses:                          # frozen; text towers are gone
+    """The reward on photographs, with the prompts of all classes encoded. Raises `BadInput` as its parts do,
+    before weights are read where that is possible."""
     terms, files, models, said = _asked(cfg, names)
     for model in models.values(): architecture(model)
     dtype = torch.bfloat16 if cfg.compute.precision == "bf16" else torch.float32

@@ -88,10 +88,10 @@ class Architecture:
     std: tuple[float, ...]   # [3] of each colour; images are divided by it
 
     @property
-    def size(self) -> int: return self.config["vision_cfg"].get("image_size", 224)      # pixels along one side
+    def size(self) -> int: return self.config["vision_cfg"].get("image_size", 224)  # pixels
 
     @property
-    def context(self) -> int: return self.config["text_cfg"].get("context_length", 77)  # positions of the text tower
+    def context(self) -> int: return self.config["text_cfg"].get("context_length", 77)  # tokens
 
 
 _Width = Annotated[int, Range(1, 2**16)]
@@ -145,23 +145,25 @@ class _Look:
 def architecture(
     name: str,       # of open_clip, e.g. ViT-H-14, or a .json file
 ) -> Architecture:
-    """Look a pair of towers up. Raises `BadInput` for an unknown name, a foreign file, and towers that can't be had
-    from files alone."""
+    """Look a pair of towers up. Raises `BadInput` for an unknown name, a foreign file, and towers that can't
+    be had from files alone."""
     import open_clip
     from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
     known, field = open_clip.list_models(), f"rl.reward_model={one_line(name, 300)}"
     if Path(name).suffix != ".json" and name not in known:
-        raise BadInput(f"rl.reward_model={given(name)}: expected one of open_clip's {len(known)} architectures, "
-                       "such as ViT-H-14 or ViT-B-32, or a .json file of one")
+        raise BadInput(f"rl.reward_model={given(name)}: expected one of open_clip's {len(known)} "
+                       "architectures, such as ViT-H-14 or ViT-B-32, or a .json file of one")
     try: raw = open_clip.get_model_config(name) if name in known else read_json(name)
     except BadInput as e: raise BadInput(f"rl.reward_model: {e}") from None
     table = raw["model_cfg"] if isinstance(raw.get("model_cfg"), dict) else raw
     if not all(isinstance(table.get(k), dict) for k in ("vision_cfg", "text_cfg")):
-        raise BadInput(f"{field}: no two towers in it; expected a table with embed_dim, vision_cfg and text_cfg")
+        raise BadInput(f"{field}: no two towers in it; expected a table with embed_dim, vision_cfg and "
+                       "text_cfg")
     towers = parse_json(_Towers, json.dumps(table), field)
     look = parse_json(_Look, json.dumps(raw.get("preprocess_cfg") or {}), f"{field}: preprocess_cfg")
     text, timm = towers.text_cfg, towers.vision_cfg.timm_model_name or ""
-    more = text.hf_model_name or text.hf_tokenizer_name or "multimodal_cfg" in table or not re.fullmatch(r"[\w.]*", timm)
+    more = text.hf_model_name or text.hf_tokenizer_name or "multimodal_cfg" in table
+    more = more or not re.fullmatch(r"[\w.]*", timm)
     if more or text.vocab_size != 49408 or (text.tokenizer_kwargs or {}).keys() - {"clean"}:
         raise BadInput(f"{field}: it needs more than a file of weights; "
                        "expected towers of one file, with CLIP's own vocabulary of 49408")
@@ -287,7 +289,8 @@ def _read(path, want=_WANT):
     "The state dict in a file, whatever it holds; tensors on the CPU."
     if Path(path).suffix == ".safetensors": return read_mapped(path, want)
     state = read_foreign(path, want)  # weights only: runs nothing
-    if isinstance(state.get("state_dict"), dict): state = state["state_dict"]  # open_clip's training checkpoints
+    if isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]  # open_clip's training checkpoints
     if not all(isinstance(k, str) for k in state): raise BadInput(f"{path}: no state dict; expected {want}")
     return {k.removeprefix("module."): v for k, v in state.items()}
 
@@ -308,8 +311,8 @@ def check_towers(
     arch: Architecture,  # which towers
     path: str | Path,    # .safetensors, .bin or .pt, in either layout
 ) -> None:
-    """Compare names, shapes and types of a file with an architecture; numbers are not read. Raises `BadInput` as
-    `load_towers` does."""
+    """Compare names, shapes and types of a file with an architecture; numbers are not read. Raises
+    `BadInput` as `load_towers` does."""
     _matched(arch, path)
 
 
@@ -318,16 +321,17 @@ def load_towers(
     path: str | Path,                    # .safetensors, .bin or .pt, in either layout
     device: str | torch.device = "cpu",  # where the weights go
     dtype: torch.dtype = torch.float32,  # what they are converted to
-) -> nn.Module:                          # open_clip's CLIP, in evaluation mode; its weights ask for no gradient
-    """Both towers from a file. Raises `BadInput` on a missing, truncated, foreign or unsafe one, on numbers that are
-    not finite, and names the first tensor that is missing, misshapen or unknown."""
+) -> nn.Module:                          # open_clip's CLIP, in evaluation mode; no weight asks for a gradient
+    """Both towers from a file. Raises `BadInput` on a missing, truncated, foreign or unsafe one, on numbers
+    that are not finite, and names the first tensor that is missing, misshapen or unknown."""
     model, state = _matched(arch, path)
     if _is_hf(state): state = _from_hf(state, model)
     _check_state(state, model, path, f"{_WANT}, of {arch.name}")
     model.load_state_dict({k: v.detach().to(device, dtype, copy=True) for k, v in state.items()}, assign=True)
     for name, mask in [(k, b) for k, b in model.named_buffers() if b.is_meta]:  # what no file holds
         if not name.endswith("attn_mask"):
-            raise BadInput(f"rl.reward_model={arch.name}: its {name} is in no file; expected another architecture")
+            raise BadInput(f"rl.reward_model={arch.name}: its {name} is in no file; expected another "
+                           "architecture")
         owner = model.get_submodule(name.rpartition(".")[0])
         forbidden = torch.full(mask.shape, float("-inf"), device=device, dtype=dtype)
         owner.attn_mask = forbidden.triu(1)  # no word sees the next ones
@@ -360,9 +364,10 @@ def prompt_tokens(
             raise BadInput(f"prompt {s!r} has {n} tokens: expected at most {arch.context - 2}")
     return tokenizer(list(text))
 
-
+# %% ../nbs/09b_text_rewards.ipynb #09-043b
 class TextScore(Score):
-    r"$R(x,p) = \tau\,\langle v(x), t(p)\rangle$, both of unit length: PickScore (arXiv 2305.01569) with its own $\tau$, the CLIP score with $\tau=100$."
+    r"""$R(x,p) = \tau\,\langle v(x), t(p)\rangle$, both of unit length: PickScore (arXiv 2305.01569) with
+    its own $\tau$, the CLIP score with $\tau=100$."""
     def __init__(self,
                  arch: Architecture,           # for size, mean and standard deviation of images
                  visual: nn.Module,            # open_clip's image tower: [B, 3, size, size] -> [B, E]; frozen here, in its own dtype
@@ -379,7 +384,8 @@ class TextScore(Score):
     @torch.no_grad()
     def encode(self, prompts: list[str]  # n sentences
                ) -> Tensor:              # [n, E], unit length, in the text tower's dtype; 64 at a time
-        if self.text is None: raise BadInput("the text tower was thrown away: expected prompts to be encoded before that")
+        if self.text is None:
+            raise BadInput("the text tower was thrown away: expected prompts to be encoded before that")
         device = next(self.visual.parameters()).device
         return F.normalize(torch.cat([self.text.encode_text(part.to(device)) for part in prompt_tokens(self.arch, prompts).split(64)]), dim=-1)
 
@@ -410,7 +416,8 @@ def load_text_score(path: str | Path,                    # weights of both tower
 
 
 def load_pickscore(path, device="cpu", dtype=torch.float32, checkpoint=False, model="ViT-H-14") -> TextScore:
-    r"PickScore: $\tau$ is the file's; transformers' habits, PIL's levels and a crop that begins below half the margin. Arguments as of `load_text_score`."
+    r"""PickScore: $\tau$ is the file's; transformers' habits, PIL's levels and a crop that begins below half
+    the margin. Arguments as of `load_text_score`."""
     return load_text_score(path, device, dtype, checkpoint, model, crop="down")
 
 

@@ -150,14 +150,16 @@ class KL16(nn.Module):
 
 # %% ../nbs/12_vae.ipynb #12-022
 def _mean_std(moments):
-    r"$\mu$ and $\sigma=\exp(\frac12\mathrm{clamp}(\log\sigma^2,-30,20))$ of moments [B, 2 C, h, w], each [B, C, h, w]."
+    r"""$\mu$ and $\sigma=\exp(\frac12\mathrm{clamp}(\log\sigma^2,-30,20))$ of moments [B, 2 C, h, w], each
+    [B, C, h, w]."""
     mean, logvar = moments.chunk(2, 1)
     return mean, (logvar.clamp(-30, 20) / 2).exp()
 
 # %% ../nbs/12_vae.ipynb #12-023
-def sample_moments(moments: Tensor,             # [B, 2 C, h, w] mean and log-variance
-                   noise: Tensor | None = None, # [B, C, h, w] standard normal; None = drawn from torch's global generator
-                   ) -> Tensor:                 # [B, C, h, w] latent, not scaled
+def sample_moments(
+    moments: Tensor,              # [B, 2 C, h, w] mean and log-variance
+    noise: Tensor | None = None,  # [B, C, h, w] standard normal; None = from torch's global generator
+) -> Tensor:                      # [B, C, h, w] latent, not scaled
     r"$z=\mu+\exp(\frac12\mathrm{clamp}(\log\sigma^2,-30,20))\,\epsilon$ (Rombach et al. 2022)"
     mean, std = _mean_std(moments)
     return mean + std * (torch.randn_like(mean) if noise is None else noise)
@@ -183,7 +185,7 @@ def measure_scale(vae,            # anything with `encode(images) -> moments`, o
 
 # %% ../nbs/12_vae.ipynb #12-042
 _WANT = "KL-16's weights (MAR's kl16.ckpt, or .safetensors)"
-_MOST = dict(ch=4096, levels=9, blocks=16, channels=1024)  # sizes of a tokenizer that can be told from its file
+_MOST = dict(ch=4096, levels=9, blocks=16, channels=1024)  # of sizes that a file tells
 
 
 def _read(path):
@@ -205,7 +207,8 @@ def _sizes(state, path):
             raise BadInput(f"{path}: {name} has shape {shape}; expected 1 axis, not empty")
         return shape[0]
     def number(prefix): return len({k[len(prefix):].split(".")[0] for k in state if k.startswith(prefix)})
-    ch, levels, blocks = width("encoder.conv_in.bias"), number("encoder.down."), number("encoder.down.0.block.")
+    ch, levels = width("encoder.conv_in.bias"), number("encoder.down.")
+    blocks = number("encoder.down.0.block.")
     found = dict(ch=ch, levels=levels, blocks=blocks, channels=width("post_quant_conv.bias"))
     for k, most in _MOST.items():
         if found[k] > most: raise BadInput(f"{path}: {k} = {found[k]}; expected at most {most}")
@@ -218,8 +221,8 @@ def load_vae(
     device: str | torch.device = "cpu",  # where the weights go
     dtype: torch.dtype = torch.float32,  # what they are converted to
 ) -> KL16:                               # evaluation mode; its weights ask for no gradient
-    """The autoencoder in a file. Raises `BadInput` on a missing, truncated, foreign or unsafe file, on weights that are
-    not finite, and names the first tensor that is missing, misshapen or unknown."""
+    """The autoencoder in a file. Raises `BadInput` on a missing, truncated, foreign or unsafe file, on
+    weights that are not finite, and names the first tensor that is missing, misshapen or unknown."""
     # the loss's own tensors: what its training may have left in the file
     state = {k: v for k, v in _read(path).items() if not k.startswith("loss.")}
     sizes = _sizes(state, path)
