@@ -280,7 +280,7 @@ class JudgesConfig:
 @dataclass(frozen=True)
 class EvaluateConfig:
     "How much is measured."
-    n: Annotated[int, Range(4, 10**7)] = _of(50_000, "paper", "images per model")
+    n: Annotated[int, Range(16, 10**7)] = _of(50_000, "paper", "images per model")
     batch: Batch = _of(250, "ours", "images drawn at once")
     timing_repeats: Annotated[int, Range(1, 1000)] = _of(
         5, "ours",
@@ -292,7 +292,7 @@ class EvaluateConfig:
     inception: Text = _of(
         "", "ours",
         "photographs: file of Inception's weights; empty = where torch keeps downloads")
-    pictures: Annotated[int, Range(0, 10**6)] = _of(
+    pictures: Annotated[int, Range(1, 10**6)] = _of(
         40, "ours",
         "images per model that are kept as files, named after their prompts; digits keep none")
 

@@ -118,19 +118,32 @@ def _pictures(road, labels):
     return images, {name: dict(seconds_per_image=times[name, Plain], seconds_per_image_fast=times[name, _sampler]) for name in images}
 
 
+def _remembered(out):
+    "(stage, settings it was made with, what it said at its end or None) of a run folder, in the order of their start."
+    from marval.pipeline import Done, Settings
+    found = []
+    for path in (out/"state").glob("*/settings.json"):
+        try: kept = read_json(path, Settings)
+        except BadInput: continue                       # nothing is made from it here
+        try: done = read_json(path.with_name("done.json"), Done)
+        except BadInput: done = None
+        found.append((path.stat().st_mtime, path.parent.name, kept, done))
+    return [entry[1:] for entry in sorted(found, key=lambda entry: entry[:2])]
+
+
 def _history(out):
     "Settings that the stages in a run folder were made with, and the seconds each took in its last sitting."
     used, seconds = {}, {}
-    for folder in sorted((out/"state").glob("*/"), key=lambda f: (f/"settings.json").stat().st_mtime if (f/"settings.json").exists() else 0):
-        if (folder/"settings.json").exists(): used |= read_json(folder/"settings.json")
-        if (folder/"done.json").exists(): seconds[folder.name] = read_json(folder/"done.json")["seconds"]
+    for stage, kept, done in _remembered(out):
+        used |= kept
+        if done: seconds[stage] = done.seconds
     return used, seconds
 
 
 def _facts(road, n, seconds):
     from marval.evaluate import run_provenance
     cfg, s = road.cfg, road.cfg.sampling
-    stopped = {f"{f.parent.name}_stopped": read_json(f)["stopped"] for f in (road.out/"state").glob("*/done.json") if "stopped" in read_json(f)}
+    stopped = {f"{stage}_stopped": done.stopped for stage, _, done in _remembered(road.out) if done and done.stopped}
     return run_provenance() | dict(seed=cfg.seed, scale=cfg.scale, K=s.K, cfg=s.cfg, chain_steps=s.chain_steps, n=n, seconds=seconds) | stopped
 
 # %% ../nbs/13d_outcome.ipynb #13-012

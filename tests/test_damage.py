@@ -491,3 +491,27 @@ def test_kept_images(tmp_path):
         path.write_bytes(whole[:i] + bytes([whole[i] ^ 16]) + whole[i + 1:])
         assert torch.equal(_drawn(path, make), images)
     assert len(drawn) == 5
+
+
+def test_the_least_evaluation(tmp_path):
+    "Fewer images than the figures need are refused at once; the least number gives every figure."
+    import math
+    from marval.data import load_data
+    from marval.evaluate import measure
+    from marval.rewards import load_judges
+    for text in ("evaluate.n=15", "evaluate.pictures=0", "log.metric_n=3"): assert "expected a whole number in" in refused(override, preset("digits"), [text])
+    images, labels = load_data(preset("digits"))
+    found = measure(images[:16], torch.arange(16) % 10, load_judges(ROOT / "reference" / "digits" / "judges", "cpu"), images, labels)
+    assert found and all(math.isfinite(v) for v in found.values())
+
+
+def test_what_a_report_remembers(tmp_path):
+    "Settings and times of the stages that can be read; garbage beside them is passed over."
+    from marval.outcome import _history
+    out = fake(tmp_path, "teacher", "judges")
+    for name, content in (("jobs", b"\xff"), ("more", b"[]"), ("deep", b"[" * 100_000)):
+        (out / "state" / name).mkdir()
+        (out / "state" / name / "settings.json").write_bytes(content)
+    (out / "state" / "judges" / "done.json").write_bytes(b"null")
+    used, seconds = _history(out)
+    assert used["teacher.lr"] == 0.001 and "judges.iterations" in used and seconds == dict(teacher=0.0)
