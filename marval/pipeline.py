@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import stat
+import sys
 import threading
 import time
 import traceback
@@ -406,7 +407,7 @@ def _run_stage(cfg, stage, out, device, found):
     from marval.parallel import on_first
     from marval.stages import road
     start, folder = time.monotonic(), out/"state"/stage
-    if found == "to do": on_first(_clear, folder)
+    if found == "to do": on_first(_clear, cfg, stage, out)
     on_first(lambda: write_json(ensure_folder(folder)/"settings.json", settings(cfg, stage, out)))
     body = lambda: BODIES[stage](road(cfg, out, device))
     notes = (body() if stage in SHARED else on_first(body)) or {}
@@ -418,9 +419,12 @@ def _run_stage(cfg, stage, out, device, found):
     on_first(finish)
 
 
-def _clear(folder):
-    "Remove what a stage has begun with other settings. Features stay: each file says what it was made from."
-    for path in folder.glob("*"):
+def _clear(cfg, stage, out):
+    "Remove what a stage has begun with other settings, but not what says of itself what it was made from."
+    if stage == "evaluate":
+        for pattern in graph(cfg)[stage].beside:
+            for path in out.glob(pattern): _remove(path)
+    for path in (out/"state"/stage).glob("*"):
         if path.name != "features": _remove(path)
 
 # %% ../nbs/14_pipeline.ipynb #14-024
@@ -454,14 +458,22 @@ def _die_with(launcher):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+_LESS = "; a smaller batch, or more parts of it (compute.accumulate), take less"
+
+
 def _unexpected(error, out):
     "Keep the traceback of an error that nobody foresaw; the line that says where."
     text = "".join(traceback.format_exception(error))
     path = Path(out)/"state"/f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
     write = lambda p: p.write_text(text, encoding="utf-8", errors="backslashreplace")
-    try: atomic_write(ensure_folder(path.parent)/path.name, write)
-    except BadInput as e: path = f"lost, {e}"
-    return f"error: unexpected {type(error).__name__}: {one_line(error, 300)}; the traceback is in {path}"
+    advice = _LESS if isinstance(error, MemoryError) or "out of memory" in text.lower() else ""
+    try:
+        atomic_write(ensure_folder(path.parent)/path.name, write)
+        where = f"in {path}"
+    except BadInput:
+        print(text, file=sys.stderr, flush=True)
+        where = "above"
+    return f"error: unexpected {type(error).__name__}: {one_line(error, 300)}{advice}; the traceback is {where}"
 
 # %% ../nbs/14_pipeline.ipynb #14-024a
 def guarded(
@@ -481,4 +493,7 @@ def guarded(
     except BadInput as e: return 2, f"error: {one_line(e)}"
     except Interrupted as e: return 130, f"interrupted: {e}"
     except Diverged as e: return 1, f"error: {one_line(e)}"
+    except OSError as e:
+        why = one_line(f"{e.strerror or e}: {e.filename or out}")
+        return 2, f"error: {why}; expected files that can be read, and a writable folder with free space"
     except Exception as e: return 1, _unexpected(e, out)

@@ -398,14 +398,25 @@ def test_divergence_says_how_to_go_on(monkeypatch, tmp_path):
     assert read_manifest(newest(tmp_path / "run" / "state" / "teacher")).step == 4
 
 
-def test_an_error_that_nobody_foresaw(monkeypatch, tmp_path):
+@pytest.mark.parametrize("error, said", [
+    (ZeroDivisionError("by\nnothing"), "unexpected ZeroDivisionError"), (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 TiB"), "compute.accumulate"), (MemoryError(), "compute.accumulate")],
+    ids=["bug", "GPU", "memory"])
+def test_an_error_that_nobody_foresaw(monkeypatch, tmp_path, error, said):
     "One line, status 1, and the traceback in the run folder."
     from marval.teacher import TeacherStage
-    def broken(*_): raise ZeroDivisionError("by\nnothing")
+    def broken(*_): raise error
     monkeypatch.setattr(TeacherStage, "step", broken)
     status, line = pipeline.guarded(SMOKE, ("teacher",), tmp_path / "run")
     file, = (tmp_path / "run" / "state").glob("error-*.txt")
-    assert status == 1 and line.isprintable() and "unexpected ZeroDivisionError" in line and str(file) in line and "in broken" in file.read_text()
+    assert status == 1 and line.isprintable() and said in line and str(file) in line and "in broken" in file.read_text()
+
+
+def test_a_refusal_of_the_system(monkeypatch, tmp_path):
+    from marval.teacher import TeacherStage
+    def broken(*_): raise OSError(5, "Input/output error", "/somewhere/a file")
+    monkeypatch.setattr(TeacherStage, "step", broken)
+    status, line = guarded(tmp_path / "run")
+    assert status == 2 and "Input/output error: /somewhere/a file" in line
 
 
 def test_a_configuration_from_python(tmp_path):
