@@ -526,3 +526,46 @@ def test_what_a_report_remembers(tmp_path):
     (out / "state" / "judges" / "done.json").write_bytes(b"null")
     used, seconds = _history(out)
     assert used["teacher.lr"] == 0.001 and "judges.iterations" in used and seconds == dict(teacher=0.0)
+
+
+# -- several ranks -----------------------------------------------------------------------------------------------------
+
+def test_what_one_rank_finds_all_ranks_say(tmp_path):
+    "Two ranks save a sharded stage. A flipped bit in a file that rank 1 checks, and a write that rank 1 can't do, end both in the same line, and soon."
+    from test_parallel import end, start
+    script = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from marval import checkpoint
+from marval.config import BadInput, override, preset
+from marval.parallel import group, on_first, rank
+from test_parallel import SHARDED, build
+folder = Path(sys.argv[2])
+def told(f, *args):
+    try: f(*args)
+    except BadInput as e: print(e, flush=True)
+with group():
+    stage = build("teacher", SHARDED)[1]
+    for step in (4, 8): checkpoint.save_checkpoint(folder, stage, 0, step)
+    assert checkpoint.load_checkpoint(checkpoint.newest(folder), stage, 0)[0] == 8
+    def harm():
+        path = folder / "checkpoint-00000008" / "00001-00000.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-5] ^= 1
+        path.write_bytes(data)
+    on_first(harm)
+    told(checkpoint.load_checkpoint, folder / "checkpoint-00000008", stage, 0)
+    write = checkpoint._write_part
+    def failing(*args):
+        if rank() == 1: raise BadInput("cannot write: rank 1's disk is full")
+        return write(*args)
+    checkpoint._write_part = failing
+    told(checkpoint.save_checkpoint, folder, stage, 0, 12)
+"""
+    ended = end(ranks := start(2, [str(Path(__file__).parent), str(tmp_path)], "-c", script), 300)
+    for process, (out, err) in zip(ranks, ended):
+        assert process.returncode == 0, err
+        damaged, full = out.splitlines()
+        assert damaged.endswith("00001-00000.safetensors has another checksum; remove this folder to go on from step 4") and "rank 1's disk is full" in full
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-00000008"}
