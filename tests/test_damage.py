@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, digests
+from conftest import ROOT, Launched, digests
 from torch import nn
 
 from marval import checkpoint, pipeline
@@ -456,6 +456,16 @@ def test_redo(tmp_path, launch, capsys):
     left = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
     assert left == {"teacher.safetensors", *pipeline.DIGITS["judges"].writes, "state/lock", *(f"state/{s}/{n}.json" for s in ("teacher", "judges") for n in ("settings", "done"))}
     assert pipeline.redo("distill", SMOKE, out) == () and launch.without_redo([*argv, "--redo", "rl", "--redo=rl"]) == argv
+
+
+def test_redo_by_the_command(taught, run):
+    "The line that refuses other settings is followed."
+    argv = ("--scale", "smoke", "--stage", "teacher", "--cluster", "local", "--out", run, "--set", "teacher.iterations=10", "log.sample_every=100", "teacher.lr=0.0005")
+    status, _, err = Launched(*argv).end()
+    assert status == 2 and err.count("\n") == 1 and "--redo teacher to start the stage over" in err
+    status, said, err = Launched(*argv, "--redo", "teacher").end()
+    assert status == 0 and f"removed from {run}: teacher" in said and digests(run, PRODUCT) != digests(taught, PRODUCT), err
+    assert Launched(*argv).end()[0] == 0
 
 
 def test_redo_keeps_what_was_brought(tmp_path):
