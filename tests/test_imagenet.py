@@ -264,10 +264,30 @@ def test_damaged_cache(small, trained, tmp_path):
     cut = copy("cut")
     shard = cut / "cache" / "shard-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-8])
-    assert "truncated" in refusal(cfg, cut, "distill")
+    assert "has another size; run --stage cache" in refusal(cfg, cut, "distill")
     gone = copy("gone")
     (gone / "cache" / "manifest.json").unlink()
     assert "distill needs cache/manifest.json" in refusal(cfg, gone, "distill")
+
+
+def test_a_flipped_byte_in_the_cache(small, trained, tmp_path):
+    """A stage stops at the image that has changed and names the file; without that file the same command makes it
+    anew, and what comes out are the weights of a run that nobody disturbed."""
+    cfg = settings(small, teacher="")
+    shutil.copytree(trained, out := tmp_path / "run")
+    for stage in ("distill", "rl", "evaluate"): shutil.rmtree(out / "state" / stage)
+    for name in ("student.safetensors", "student_rl.safetensors"): (out / name).unlink()
+    shard = out / "cache" / "shard-00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    status, said = pipeline.guarded(cfg, ("distill",), out)
+    assert status == 2 and "shard-00000.safetensors is damaged" in said and "remove it" in said
+    assert not (out / "student.safetensors").exists()
+    shard.unlink()
+    assert pipeline.guarded(cfg, ("cache", "distill"), out) == (0, "")
+    assert digests(out, ["student.safetensors"]) == digests(trained, ["student.safetensors"])
+    assert shard.read_bytes() == (trained / "cache" / shard.name).read_bytes()
 
 
 def test_guard_and_watch(small, trained, tmp_path):
