@@ -202,6 +202,9 @@ def make_score(
     return loaders[name](files[name], device, dtype, checkpoint, models[name])
 
 # %% ../nbs/09e_reward_sums.ipynb #09-018a
+_MOST_PROMPTS = 200_000  # all are encoded when RL starts
+
+
 def _asked(cfg, names):
     "What `rl` asks for: weights of the terms, files, architectures, and prompts [classes][templates]."
     terms = reward_terms(cfg.rl.reward)
@@ -210,7 +213,11 @@ def _asked(cfg, names):
                        "expected a score of photographs, such as pickscore or pickscore + 0.5 aesthetic")
     if len(names) != cfg.model.class_num:
         raise BadInput(f"{len(names)} names of classes; expected model.class_num = {cfg.model.class_num}")
-    said = list(zip(*(prompts(t, names, range(len(names))) for t in prompt_templates(cfg))))
+    templates = prompt_templates(cfg)
+    if len(templates) * len(names) > _MOST_PROMPTS:
+        raise BadInput(f"rl.prompts: {len(templates)} templates for {len(names)} classes; "
+                       f"expected at most {_MOST_PROMPTS} prompts")
+    said = list(zip(*(prompts(t, names, range(len(names))) for t in templates)))
     return terms, reward_files(cfg), reward_models(cfg), said
 
 

@@ -160,6 +160,27 @@ def test_only_regular_files_are_read(tmp_path, monkeypatch, kind):
     assert isinstance(found, BadImage) == (kind not in ("gone", "loop", "memory"))
 
 
+def test_they_count_as_bad(tmp_path):
+    "What is no picture is skipped up to `max_bad`, named in the manifest, and refused beyond."
+    for k in range(3): picture(tmp_path / "tree" / "a" / f"{k}.png", seed=k)
+    (tmp_path / "tree" / "a" / "endless.png").symlink_to("/dev/zero")
+    (tmp_path / "tree" / "a" / "bomb.png").write_bytes(PICTURES["bomb of a billion.png"])
+    tree = index_tree(tmp_path / "tree")
+    said = refusal(build, tree, tmp_path / "cache", max_bad=1)
+    assert "2 of 5 images cannot be decoded" in said and "a/endless.png (not a regular file)" in said
+    assert sorted(build(tree, tmp_path / "cache", max_bad=2).skipped) == ["a/bomb.png", "a/endless.png"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_folders_that_may_not_be_read(tmp_path):
+    path = picture(tmp_path / "a" / "1.png")
+    path.chmod(0)
+    assert not isinstance(outcome(load_image, path, 16), BadImage)
+    path.parent.chmod(0)
+    assert "Permission denied" in refusal(index_tree, tmp_path)
+    path.parent.chmod(0o700)
+
+
 def named(root, name, where):
     "A tree in which one folder or one file has this name, as bytes."
     folder = os.path.join(os.fsencode(root), name if where == "class" else b"a")
@@ -755,6 +776,15 @@ def test_large_rewards_are_not_read_at_the_start(photographs, files, tmp_path, m
     assert set(early(photographs, tmp_path / "run").values()) == {"to do"}
     (tmp_path / "wide.json").write_text(json.dumps(table(embed_dim=48)))
     assert "has shape" in str(early(photographs, tmp_path / "run", f"rl.reward_model={tmp_path}/wide.json"))
+
+
+def test_prompts_by_the_million(tmp_path):
+    "So many templates for so many classes would be encoded for days."
+    from marval.config import override, preset
+    from marval.reward_sums import check_reward
+    (tmp_path / "prompts.txt").write_text("a picture of {}\n" * 1000)
+    config = override(preset("base"), [f"rl.prompts={tmp_path}/prompts.txt"])
+    assert "1000 templates for 1000 classes" in refusal(check_reward, config, [f"c{i}" for i in range(1000)])
 
 
 def test_digits_prompts_at_the_start(tmp_path):
