@@ -4,10 +4,13 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'MEASURES', 'FACTS', 'SCHEMA', 'features', 'register_digit_extractor', 'frechet', 'kid', 'precision_recall',
-           'coverage', 'diversity', 'accuracy', 'measure', 'token_agreement', 'seconds_side_by_side',
-           'seconds_per_image', 'check_metrics', 'summarise', 'noise_floor', 'run_provenance', 'metrics_table']
+           'coverage', 'diversity', 'accuracy', 'least_images', 'check_evaluation', 'measure', 'token_agreement',
+           'seconds_side_by_side', 'seconds_per_image', 'check_metrics', 'summarise', 'noise_floor', 'run_provenance',
+           'metrics_table']
 
 # %% ../nbs/13_evaluate.ipynb #13-003
+import json
+import math
 import statistics
 import subprocess
 import time
@@ -16,23 +19,35 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .config import BadInput
+from .arrays import check_memory
+from .border import BadInput, one_line, parse_json
+from .config import Config
 from .data import halves
+from .records import DigitsRun
 from .rewards import ClassifierReward, DigitNet, Judges
 
 # %% ../nbs/13_evaluate.ipynb #13-005
 @torch.no_grad()
-def features(net: DigitNet,    # the judge whose features are used
-             images: Tensor,   # [n, 1, 8, 8] in [0, 1]
-             ) -> Tensor:      # [n, 64] float64, on the CPU
+def features(
+    net: DigitNet,    # the judge whose features are used
+    images: Tensor,   # [n, 1, 8, 8] in [0, 1]
+) -> Tensor:          # [n, 64] float64, on the CPU; nan for an image that holds nan or inf
     "$f(x)$ of images stored with 8 bits per pixel, as a PNG file would hold them."
-    return torch.cat([net.features(_to_bytes(part).float() / 255).double().cpu() for part in images.split(500)])
+    def look(part):
+        f = net.features(_to_bytes(part).float() / 255).double()
+        return torch.where(_finite(part)[:, None], f, math.nan).cpu()
+    return torch.cat([look(part) for part in images.split(500)])
 
-def _to_bytes(images): return (images.clamp(0, 1) * 255).round().byte()
+
+def _to_bytes(images): return (images.nan_to_num().clamp(0, 1) * 255).round().byte()
+
+
+def _finite(images): return images.flatten(1).isfinite().all(1)
 
 # %% ../nbs/13_evaluate.ipynb #13-007
-def register_digit_extractor(net: DigitNet,  # the judge; registering it twice is harmless
-                             ) -> str:       # name to give to torch-fidelity as `feature_extractor`
+def register_digit_extractor(
+    net: DigitNet,  # the judge; registering it twice is harmless
+) -> str:           # name to give to torch-fidelity as `feature_extractor`
     "Make the features of a judge known to torch-fidelity. Images come as uint8 [B, 1, 8, 8]."
     from torch_fidelity import FeatureExtractorBase, register_feature_extractor
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
@@ -55,7 +70,7 @@ def register_digit_extractor(net: DigitNet,  # the judge; registering it twice i
     register_feature_extractor(name, DigitExtractor)
     return name
 
-
+# %% ../nbs/13_evaluate.ipynb #13-007b
 class _Bytes(torch.utils.data.Dataset):
     "Images in memory as torch-fidelity wants them: uint8, one at a time."
     def __init__(self, images): self.images = _to_bytes(images).cpu()
@@ -63,91 +78,148 @@ class _Bytes(torch.utils.data.Dataset):
     def __getitem__(self, i): return self.images[i]
 
 
+_NAMES = dict(fd="frechet_inception_distance", kid="kernel_inception_distance_mean", precision="precision",
+              recall="recall")
+
+
 def _fidelity(images, reference, net, **metrics):
-    "torch-fidelity's figures for generated `images` against real `reference`."
+    "torch-fidelity's figures for `images` against real `reference`; nan where an image holds nan or inf."
     from torch_fidelity import calculate_metrics
-    return calculate_metrics(input1=_Bytes(images), input2=_Bytes(reference), feature_extractor=register_digit_extractor(net), cuda=False, cache=False,
-                             save_cpu_ram=True, verbose=False, batch_size=500, kid_subsets=20, kid_subset_size=min(500, len(images), len(reference)), **metrics)
+    if not images.isfinite().all(): return dict.fromkeys(_NAMES, math.nan)
+    found = calculate_metrics(
+        input1=_Bytes(images), input2=_Bytes(reference), feature_extractor=register_digit_extractor(net),
+        cuda=False, cache=False, save_cpu_ram=True, verbose=False, batch_size=500, kid_subsets=20,
+        kid_subset_size=min(500, len(images), len(reference)), **metrics)
+    return {ours: found[theirs] for ours, theirs in _NAMES.items() if theirs in found}
 
 # %% ../nbs/13_evaluate.ipynb #13-008
-def frechet(images: Tensor,     # [n, 1, 8, 8] generated, in [0, 1]
-            reference: Tensor,  # [m, 1, 8, 8] real
-            net: DigitNet,      # judge whose features are compared
-            ) -> float:         # >= 0; 100 = the total variance of real digits' features
-    r"$\lVert\mu_1-\mu_2\rVert^2+\operatorname{tr}(\Sigma_1+\Sigma_2-2(\Sigma_1\Sigma_2)^{1/2})$ (Heusel et al. 2017), computed by torch-fidelity."
-    return _fidelity(images, reference, net, fid=True)["frechet_inception_distance"]
+def frechet(
+    images: Tensor,     # [n, 1, 8, 8] generated, in [0, 1], n > 1
+    reference: Tensor,  # [m, 1, 8, 8] real
+    net: DigitNet,      # judge whose features are compared
+) -> float:             # >= 0; 100 = the total variance of real digits' features; nan where an image holds
+                        # nan
+    r"""$\lVert\mu_1-\mu_2\rVert^2+\operatorname{tr}(\Sigma_1+\Sigma_2-2(\Sigma_1\Sigma_2)^{1/2})$ (Heusel
+    et al.
+    2017), computed by torch-fidelity."""
+    return _fidelity(images, reference, net, fid=True)["fd"]
 
 
-def kid(images: Tensor,     # [n, 1, 8, 8] generated, in [0, 1]
-        reference: Tensor,  # [m, 1, 8, 8] real
-        net: DigitNet,      # judge whose features are compared
-        ) -> float:         # mean over 20 subsets of at most 500; may be slightly negative
-    r"$\mathbb{E}k(u,u')+\mathbb{E}k(v,v')-2\mathbb{E}k(u,v)$, $k=(u^\top v/64+1)^3$ (Binkowski et al. 2018), by torch-fidelity."
-    return _fidelity(images, reference, net, kid=True)["kernel_inception_distance_mean"]
+def kid(
+    images: Tensor,     # [n, 1, 8, 8] generated, in [0, 1], n > 1
+    reference: Tensor,  # [m, 1, 8, 8] real
+    net: DigitNet,      # judge whose features are compared
+) -> float:             # mean over 20 subsets of at most 500; may be slightly negative
+    r"""$\mathbb{E}k(u,u')+\mathbb{E}k(v,v')-2\mathbb{E}k(u,v)$, $k=(u^\top v/64+1)^3$ (Binkowski et al.
+    2018), by
+    torch-fidelity."""
+    return _fidelity(images, reference, net, kid=True)["kid"]
 
 
-def precision_recall(images: Tensor,     # [n, 1, 8, 8] generated, in [0, 1]
-                     reference: Tensor,  # [m, 1, 8, 8] real
-                     net: DigitNet,      # judge whose features are compared
-                     ) -> tuple[float, float]:  # shares from 0 to 1
-    "Generated images within real third-neighbour balls, and real ones within generated balls (Kynkaanniemi et al. 2019), by torch-fidelity."
+def precision_recall(
+    images: Tensor,     # [n, 1, 8, 8] generated, in [0, 1], n > 3
+    reference: Tensor,  # [m, 1, 8, 8] real
+    net: DigitNet,      # judge whose features are compared
+) -> tuple[float, float]: # shares from 0 to 1
+    """Generated images within real third-neighbour balls, and real ones within generated balls
+    (Kynkaanniemi et al.
+    2019), by torch-fidelity."""
     out = _fidelity(images, reference, net, prc=True)
     return out["precision"], out["recall"]
 
 # %% ../nbs/13_evaluate.ipynb #13-014
-def coverage(fake: Tensor,   # [n, F] features of generated images
-             real: Tensor,   # [m, F] features of real images, m > k
-             k: int = 5,     # which neighbour sets the radius
-             ) -> float:     # share of real images, 0 to 1
+def coverage(
+    fake: Tensor,   # [n, F] features of generated images
+    real: Tensor,   # [m, F] features of real images, m > k
+    k: int = 5,     # which neighbour sets the radius
+) -> float:         # share of real images, 0 to 1
     r"$\frac1m\sum_i \mathbb{1}[\min_j\lVert g_j-r_i\rVert \le \mathrm{NN}_k(r_i)]$ (Naeem et al. 2020)."
-    radius = torch.cdist(real, real).kthvalue(min(k + 1, len(real)), dim=1).values    # + 1: the nearest is the point itself
+    radius = torch.cdist(real, real).kthvalue(min(k + 1, len(real)), dim=1).values   # the nearest is the
+                                                                                     # point itself
     return (torch.cdist(real, fake).min(dim=1).values <= radius).double().mean().item()
 
 # %% ../nbs/13_evaluate.ipynb #13-017
-def diversity(images: Tensor,       # [n, ...] generated
-              labels: Tensor,       # [n] long, the class asked for
-              real: Tensor,         # [m, ...] real
-              real_labels: Tensor,  # [m] long
-              ) -> float:           # 1 = as different from each other as real ones
-    r"$\operatorname{mean}_c\mathbb{E}\lVert x-x'\rVert$ over pairs within a class, over the same for real images; classes with fewer than two images are left out of both. Raises `BadInput` if none is left."
-    def spread(x, c):
-        x = x[c].flatten(1).double()
-        return torch.cdist(x, x).sum() / (len(x) * (len(x) - 1))
-    members = [((labels == c).nonzero()[:, 0], (real_labels == c).nonzero()[:, 0]) for c in real_labels.unique()]
+def _spread(x):
+    "Mean distance of two different rows."
+    x = x.flatten(1).double()
+    return torch.cdist(x, x).sum() / (len(x) * (len(x) - 1))
+
+
+def diversity(
+    images: Tensor,       # [n, ...] generated
+    labels: Tensor,       # [n] long, the class asked for
+    real: Tensor,         # [m, ...] real
+    real_labels: Tensor,  # [m] long
+) -> float:               # 1 = as different from each other as real ones
+    r"""$\operatorname{mean}_c\mathbb{E}\lVert x-x'\rVert$ over pairs within a class, over the same for real
+    images;
+    classes with fewer than two images are left out of both. Raises `BadInput` if none is left."""
+    of = lambda y, c: (y == c).nonzero()[:, 0]
+    members = [(of(labels, c), of(real_labels, c)) for c in real_labels.unique()]
     members = [(a, b) for a, b in members if len(a) > 1 and len(b) > 1]
     if not members: raise BadInput("diversity: no class has two images; expected more images")
-    return (sum(spread(images, a) for a, _ in members) / sum(spread(real, b) for _, b in members)).item()
+    return (sum(_spread(images[a]) for a, _ in members) / sum(_spread(real[b]) for _, b in members)).item()
 
 # %% ../nbs/13_evaluate.ipynb #13-020
 @torch.no_grad()
-def accuracy(images: Tensor,  # [n, 1, 8, 8] generated, in [0, 1]
-             labels: Tensor,  # [n] long, the class asked for
-             net: DigitNet,   # judge
-             ) -> float:      # share, 0 to 1
-    r"$\frac1n\sum_i\mathbb{1}[\arg\max_c p(c|x_i)=y_i]$."
-    return (net(images).argmax(-1) == labels).double().mean().item()
+def accuracy(
+    images: Tensor,  # [n, 1, 8, 8] generated, in [0, 1]
+    labels: Tensor,  # [n] long, the class asked for
+    net: DigitNet,   # judge
+) -> float:          # share, 0 to 1
+    r"$\frac1n\sum_i\mathbb{1}[\arg\max_c p(c|x_i)=y_i]$; an image that holds nan is none of its class."
+    right = (net(images.nan_to_num()).argmax(-1) == labels) & _finite(images)
+    return right.double().mean().item()
 
 # %% ../nbs/13_evaluate.ipynb #13-022
+def least_images(
+    classes: int, # C, which take turns
+) -> int:
+    "So many images `measure` asks for: two of a class, whose difference is diversity, and a third neighbour."
+    return max(classes + 1, 5)
+
+
+def check_evaluation(
+    cfg: Config, # `evaluate.n`
+) -> None:
+    "Raises `BadInput` where the figures can't be computed of so few images; asked before any is drawn."
+    from marval.fidelity import LEAST
+    digits = cfg.data.name == "digits"
+    if not digits and not cfg.evaluate.reference: return          # nothing is measured
+    least = least_images(cfg.model.class_num) if digits else LEAST
+    n, C = cfg.evaluate.n, cfg.model.class_num
+    if n < least: raise BadInput(f"evaluate.n={n}: expected at least {least}")
+    if digits: check_memory(16 * (n / C)**2, f"evaluate.n={n}")   # distances within a class
+
+
 @torch.no_grad()
-def measure(images: Tensor,        # [n, 1, 8, 8] generated, in [0, 1]
-            labels: Tensor,        # [n] long, the class asked for
-            judges: Judges,        # from `load_judges`
-            real_images: Tensor,   # [m, 1, 8, 8] real
-            real_labels: Tensor,   # [m] long
-            ) -> dict:             # fd, kid, precision, recall, accuracy, coverage, diversity, reward, heldout_reward
-    "All figures of a set of images. The rewards are mean log-probabilities of the class asked for, in nats, under the two judges."
+def measure(
+    images: Tensor,        # [n, 1, 8, 8] generated, in [0, 1], n at least `least_images`
+    labels: Tensor,        # [n] long, the class asked for
+    judges: Judges,        # from `load_judges`
+    real_images: Tensor,   # [m, 1, 8, 8] real
+    real_labels: Tensor,   # [m] long
+) -> dict:                 # fd, kid, precision, recall, accuracy, coverage, diversity, reward, heldout_reward
+    """All figures of a set of images. The rewards are mean log-probabilities of the class asked for, in
+    nats, under the
+    two judges. Raises `BadInput` where an image holds nan or inf, and where there are too few."""
+    if not images.isfinite().all(): raise BadInput("an image holds nan or inf; expected numbers in [0, 1]")
+    if len(images) < 5: raise BadInput(f"{len(images)} images; expected at least 5")
     net = judges.heldout_net
-    f = _fidelity(images, real_images, net, fid=True, kid=True, prc=True)
+    look = lambda x: features(net, x)
     mean_log_p = lambda judge: ClassifierReward(judge)(images, labels).double().mean().item()
-    return dict(fd=f["frechet_inception_distance"], kid=f["kernel_inception_distance_mean"], precision=f["precision"], recall=f["recall"],
-                accuracy=accuracy(images, labels, net), coverage=coverage(features(net, images), features(net, real_images)),
-                diversity=diversity(images, labels, real_images, real_labels), reward=mean_log_p(judges.reward_net), heldout_reward=mean_log_p(net))
+    return _fidelity(images, real_images, net, fid=True, kid=True, prc=True) | dict(
+        accuracy=accuracy(images, labels, net), coverage=coverage(look(images), look(real_images)),
+        diversity=diversity(images, labels, real_images, real_labels), reward=mean_log_p(judges.reward_net),
+        heldout_reward=mean_log_p(net))
 
 # %% ../nbs/13_evaluate.ipynb #13-030
-def token_agreement(student: Tensor,  # [N, M, D]: M draws of each of N contexts' tokens
-                    teacher: Tensor,  # [N, M', D]: the teacher's draws from the same contexts
-                    ) -> dict:        # energy: in units of the tokens, 0 = equal; std_ratio: 1 = equal
-    r"$\mathcal{E}=2\mathbb{E}\lVert s-t\rVert-\mathbb{E}\lVert s-s'\rVert-\mathbb{E}\lVert t-t'\rVert$, and $\mathrm{std}(s)/\mathrm{std}(t)$, each averaged over contexts."
+def token_agreement(
+    student: Tensor,  # [N, M, D]: M draws of each of N contexts' tokens
+    teacher: Tensor,  # [N, M', D]: the teacher's draws from the same contexts
+) -> dict:            # energy: in units of the tokens, 0 = equal; std_ratio: 1 = equal
+    r"""$\mathcal{E}=2\mathbb{E}\lVert s-t\rVert-\mathbb{E}\lVert s-s'\rVert-\mathbb{E}\lVert t-t'\rVert$, and
+    $\mathrm{std}(s)/\mathrm{std}(t)$, each averaged over contexts."""
     s, t = student.double(), teacher.double()
     within = lambda x: torch.cdist(x, x).sum((1, 2)) / (x.shape[1] * (x.shape[1] - 1))
     energy = 2 * torch.cdist(s, t).mean((1, 2)) - within(s) - within(t)
@@ -155,11 +227,14 @@ def token_agreement(student: Tensor,  # [N, M, D]: M draws of each of N contexts
     return dict(energy=energy.mean().item(), std_ratio=(std(s) / std(t)).mean().item())
 
 # %% ../nbs/13_evaluate.ipynb #13-034
-def seconds_side_by_side(draws: dict,       # name -> (n -> n images); what is timed
-                         batches=(1, 64),   # batch sizes
-                         repeats: int = 5,  # rounds; the median of each counts
-                         ) -> dict:         # name -> batch size as text -> seconds
-    "Median wall-clock time of `draw(n)`, divided by n, after one untimed draw. Every round draws once with each, so that a slow minute of the machine is shared."
+def seconds_side_by_side(
+    draws: dict,       # name -> (n -> n images); what is timed
+    batches=(1, 64),   # batch sizes
+    repeats: int = 5,  # rounds; the median of each counts
+) -> dict:             # name -> batch size as text -> seconds
+    """Median wall-clock time of `draw(n)`, divided by n, after one untimed draw. Every round draws once
+    with each, so
+    that a slow minute of the machine is shared."""
     def wait():
         if torch.cuda.is_available(): torch.cuda.synchronize()
     def once(draw, n):
@@ -175,93 +250,126 @@ def seconds_side_by_side(draws: dict,       # name -> (n -> n images); what is t
     return out
 
 
-def seconds_per_image(draw,               # n -> n images; what is timed
-                      batches=(1, 64),    # batch sizes
-                      repeats: int = 5,   # timed draws of each; the median counts
-                      ) -> dict:          # batch size as text -> seconds
+def seconds_per_image(
+    draw,               # n -> n images; what is timed
+    batches=(1, 64),    # batch sizes
+    repeats: int = 5,   # timed draws of each; the median counts
+) -> dict:              # batch size as text -> seconds
     "As `seconds_side_by_side`, of one alone."
     return seconds_side_by_side({"": draw}, batches, repeats)[""]
 
 # %% ../nbs/13_evaluate.ipynb #13-037
 MODELS = ("teacher", "one_step_init", "student", "student_rl")
-MEASURES = dict(fd="Frechet distance to all real digits, held-out features, in percent of the variance of real digits; lower is better",
-                kid="kernel distance, same features; lower is better", precision="share of images near a real one", recall="share of real ones near an image",
-                accuracy="share of images that the held-out judge reads as asked", coverage="share of real digits with an image nearby",
-                diversity="mean pixel distance within a class, real = 1", reward="mean log p of the class, reward judge, nats",
-                heldout_reward="mean log p of the class, held-out judge, nats")
-FACTS = dict(device="what it ran on", torch="version", commit="of the code, or unknown", seed="of the run", scale="preset", K="autoregressive steps",
-             cfg="guidance of teacher and student, 1 = none", n="images per model")
-SCHEMA = FACTS | {m: {**MEASURES, "seconds_per_image": {"1": "seconds, batch 1", "64": "seconds, batch 64"}} for m in MODELS} | {
-    "real": {k: v for k, v in MEASURES.items()}, "speedup": {"1": "teacher over student, seconds per image, equal K, batch 1", "64": "the same, batch 64"},
-    "reward": {"before": "the student's `reward`", "after": "the refined student's"}, "heldout_reward": {"before": "the student's `heldout_reward`", "after": "the refined student's"}}
+MEASURES = dict(
+    fd="Frechet distance to all real digits, held-out features, in percent of the variance of real digits; "
+       "lower is better",
+    kid="kernel distance, same features; lower is better",
+    precision="share of images near a real one",
+    recall="share of real ones near an image",
+    accuracy="share of images that the held-out judge reads as asked",
+    coverage="share of real digits with an image nearby",
+    diversity="mean pixel distance within a class, real = 1",
+    reward="mean log p of the class, reward judge, nats",
+    heldout_reward="mean log p of the class, held-out judge, nats")
+FACTS = dict(
+    device="what it ran on", torch="version", commit="of the code, or unknown", seed="of the run",
+    scale="preset", K="autoregressive steps", cfg="guidance of teacher and student, 1 = none",
+    chain_steps="of the teacher's chain", n="images per model")
+_TIMES = {"1": "seconds, batch 1", "64": "seconds, batch 64"}
+SCHEMA = FACTS | {m: MEASURES | {"seconds_per_image": _TIMES} for m in MODELS} | {
+    "real": dict(MEASURES),
+    "speedup": {"1": "teacher over student, seconds per image, equal K, batch 1", "64": "the same, batch 64"},
+    "reward": {"before": "the student's `reward`", "after": "the refined student's"},
+    "heldout_reward": {"before": "the student's `heldout_reward`", "after": "the refined student's"}}
+
+# %% ../nbs/13_evaluate.ipynb #13-037b
+def check_metrics(
+    metrics: dict,  # what metrics.json holds; further keys are welcome
+) -> None:
+    """Is everything there, and every measure a finite number? Raises `BadInput` naming the first key that
+    is missing or
+    wrong."""
+    try: text = json.dumps(metrics)
+    except (TypeError, ValueError, RecursionError) as e:
+        raise BadInput(f"metrics: {one_line(e, 200)}") from None
+    run = parse_json(DigitsRun, text, "metrics")
+    for name in MODELS:
+        for batch in set(_TIMES) - set(getattr(run, name).seconds_per_image):
+            raise BadInput(f"metrics.{name}.seconds_per_image.{batch} is missing")
 
 
-def check_metrics(metrics: dict,  # what metrics.json holds; further keys are welcome
-                  ) -> None:
-    "Is everything there, and every measure a finite number? Raises `BadInput` naming the first key that is missing or wrong."
-    def walk(have, want, path):
-        for key, sub in want.items():
-            name = f"{path}{key}"
-            if not isinstance(have, dict) or key not in have: raise BadInput(f"metrics: {name} is missing; expected the keys of marval.evaluate.SCHEMA")
-            if isinstance(sub, dict): walk(have[key], sub, name + ".")
-            elif path and not (isinstance(have[key], (int, float)) and abs(have[key]) < float("inf")):
-                raise BadInput(f"metrics: {name}={have[key]!r}; expected a finite number")
-    walk(metrics, SCHEMA, "")
-
-
-def summarise(facts: dict,     # the keys of `FACTS`, and whatever else is worth keeping
-              results: dict,   # model -> `measure` | {"seconds_per_image": ...}, for each of `MODELS`
-              real: dict,      # from `noise_floor`
-              ) -> dict:       # what metrics.json holds
-    "Put a run's figures together: adds the speed-ups and the rewards before and after RL, then checks. Raises `BadInput` as `check_metrics`."
-    slow, fast = (results[m]["seconds_per_image"] for m in ("teacher", "student"))
-    change = {k: {"before": results["student"][k], "after": results["student_rl"][k]} for k in ("reward", "heldout_reward")}
-    metrics = {**facts, **results, "real": real, "speedup": {b: slow[b] / fast[b] for b in slow}, **change}
+def summarise(
+    facts: dict,     # the keys of `FACTS`, and whatever else is worth keeping
+    results: dict,   # model -> `measure` | {"seconds_per_image": ...}, for each of `MODELS`
+    real: dict,      # from `noise_floor`
+) -> dict:           # what metrics.json holds
+    """Put a run's figures together: adds the speed-ups and the rewards before and after RL, then checks.
+    Raises
+    `BadInput` as `check_metrics`."""
+    def faster(key):
+        slow, fast = (results[m][key] for m in ("teacher", "student"))
+        return {batch: slow[batch] / fast[batch] for batch in slow}
+    def change(key): return {"before": results["student"][key], "after": results["student_rl"][key]}
+    metrics = {**facts, **results, "real": real, "speedup": faster("seconds_per_image"),
+               "reward": change("reward"), "heldout_reward": change("heldout_reward")}
     if all("seconds_per_image_fast" in results[m] for m in ("teacher", "student")):
-        slow, fast = (results[m]["seconds_per_image_fast"] for m in ("teacher", "student"))
-        metrics["speedup_fast"] = {b: slow[b] / fast[b] for b in slow}
+        metrics["speedup_fast"] = faster("seconds_per_image_fast")
     check_metrics(metrics)
     return metrics
 
 
-def noise_floor(judges: Judges,      # from `load_judges`
-                images: Tensor,      # [m, 1, 8, 8] all real images
-                labels: Tensor,      # [m] long
-                ) -> dict:           # as `measure`
-    "A random half of the real data measured against the other half: what a perfect generator would get at n = m/2. The halves are not those that the judges learned from."
+def noise_floor(
+    judges: Judges,      # from `load_judges`
+    images: Tensor,      # [m, 1, 8, 8] all real images
+    labels: Tensor,      # [m] long
+) -> dict:               # as `measure`
+    """A random half of the real data measured against the other half: what a perfect generator would get at
+    n = m/2.
+    The halves are not those that the judges learned from."""
     a, b = halves(labels, seed=2**40)
     return measure(images[a], labels[a], judges, images[b], labels[b])
 
-
+# %% ../nbs/13_evaluate.ipynb #13-037c
 def run_provenance() -> dict:  # device, torch, commit
-    "What produced a result: name of the device, torch version, commit of the code (`unknown` outside a checkout)."
+    """What produced a result: name of the device, torch version, commit of the code (`unknown` outside a
+    checkout)."""
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
-    return dict(device=where, torch=torch.__version__, commit=_commit())
+    return dict(device=one_line(where, 200), torch=torch.__version__, commit=_commit())
 
 
 def _commit():
     "HEAD of the checkout that this package is tracked in, if any."
     import marval.config
     here = Path(marval.config.__file__)
-    git = lambda *args: subprocess.run(["git", *args], cwd=here.parent, capture_output=True, text=True).stdout.strip()
+    def git(*args):
+        return subprocess.run(["git", *args], cwd=here.parent, capture_output=True, text=True).stdout.strip()
     try: return git("rev-parse", "--short=12", "HEAD") if git("ls-files", here.name) else "unknown"
     except OSError: return "unknown"     # no git on this machine
 
 
 def _cpu_name():
     import platform
-    try: names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    except OSError: names = []
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s)"
+    try: lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError: lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name") and ":" in line]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} thread(s)"
 
 
-def metrics_table(metrics: dict,  # what metrics.json holds
-                  ) -> str:       # Markdown whose columns line up in a terminal
+def metrics_table(
+    metrics: dict,  # what metrics.json holds
+) -> str:           # Markdown whose columns line up in a terminal
     "One row a model, real half against real half last."
-    heads = ["model", "FD", "KID", "prec.", "recall", "accuracy", "coverage", "diversity", "reward", "held-out", "s/image, 1", "s/image, 64"]
-    seconds = lambda m: [f"{m['seconds_per_image'][b]:.5f}" for b in ("1", "64")] if "seconds_per_image" in m else ["", ""]
-    rows = [[name.replace("_", " ")] + [f"{metrics[name][k]:.3f}" for k in MEASURES] + seconds(metrics[name]) for name in (*MODELS, "real")]
+    short = dict(fd="FD", kid="KID", precision="prec.", heldout_reward="held-out")
+    heads = ["model", *(short.get(k, k) for k in MEASURES), "s/image, 1", "s/image, 64"]
+    def row(name):
+        m = metrics[name]
+        times = [f"{m['seconds_per_image'][b]:.5f}" if "seconds_per_image" in m else "" for b in _TIMES]
+        return [name.replace("_", " "), *(f"{m[k]:.3f}" for k in MEASURES), *times]
+    rows = [row(name) for name in (*MODELS, "real")]
     widths = [max(len(r[i]) for r in [heads, *rows]) for i in range(len(heads))]
-    line = lambda cells: "| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths))) + " |"
-    rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
+    def line(cells):
+        padded = [cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:]))]
+        return "| " + " | ".join(padded) + " |"
+    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])]) + "|"
     return "\n".join([line(heads), rule, *map(line, rows)])

@@ -30,11 +30,13 @@ def best_of_kl(n: int,   # N >= 1, candidates
 
 # %% ../nbs/10b_guards.ipynb #10-013
 @torch.no_grad()
-def best_of_n(draw,           # (labels [B], number j of the round) -> images [B, C, H, W] in [0, 1], the same at every call
+def best_of_n(draw,           # (labels [B], number j of the round) -> images [B, C, H, W] in [0, 1], the
+                              # same at every call
               reward,         # (images, labels) -> [B]
               labels: Tensor, # [B] classes
               n: int,         # N, candidates for each label
-              ) -> tuple[Tensor, Tensor]: # images [B, C, H, W], the best of each; scores [n, B] of all candidates
+              ) -> tuple[Tensor, Tensor]: # images [B, C, H, W], the best of each; scores [n, B] of all
+                                          # candidates
     r"$x_{j^*}$ with $j^*=\arg\max_{j<N} R(x_j, y)$, the first of equals. Raises `BadInput` for n < 1."
     if n < 1: raise BadInput(f"best of {n}: expected at least 1 candidate")
     best = draw(labels, 0)
@@ -61,7 +63,8 @@ def expected_best(scores: Tensor, # [n, ...] rewards of n candidates
 
 def samples_for(scores: Tensor, # [n, B] rewards of n candidates for each of B labels
                 reward: float,  # mean reward that is to be matched
-                ) -> int | None: # the least m <= n whose expected best reaches it, on the mean over labels; None = more than n
+                ) -> int | None: # the least m <= n whose expected best reaches it, on the mean over labels;
+                                 # None = more than n
     "How many samples buy this reward?"
     return next((m for m in range(1, len(scores) + 1) if expected_best(scores, m).mean().item() >= reward), None)
 
@@ -89,20 +92,25 @@ class Guard:
         return not self.loss(start, now) <= self.share
 
 
-def parse_guards(text: str,            # as `rl.guard`: `metric share`, several with commas
-                 ) -> tuple[Guard, ...]: # in their order
+def _guard(words):
+    "One guard, or None."
+    if len(words) != 2 or words[0] not in METRICS["digits"]: return None
+    try: share = float(words[1])
+    except ValueError: return None
+    return Guard(words[0], share) if 0 < share <= 1e6 else None
+
+
+def parse_guards(
+    text: str,           # as `rl.guard`: `metric share`, several with commas
+) -> tuple[Guard, ...]:  # in their order
     "Raises `BadInput` for anything else than known metrics with shares > 0, each once."
     found = []
     for part in text.split(",") if text.strip() else ():
-        words = part.split()
-        try: metric, share = words[0], float(words[1])
-        except (IndexError, ValueError): metric, share = "", math.nan
-        fits = len(words) == 2 and 0 < share <= 1e6 and metric in METRICS["digits"]
-        if not fits or metric in [g.metric for g in found]:
-            raise BadInput(f"rl.guard={given(text)}: {given(part.strip())} is no guard; expected metric and "
-                           "share, each metric once, as in `diversity 0.1, fd 0.5` "
-                           f"({', '.join(METRICS['digits'])})")
-        found.append(Guard(metric, share))
+        guard = _guard(part.split())
+        if guard is None or guard.metric in [g.metric for g in found]:
+            raise BadInput(f"rl.guard={given(text)}: {given(part.strip())} is no guard; expected metric and share, "
+                           f"each metric once, as in `diversity 0.1, fd 0.5` ({', '.join(METRICS['digits'])})")
+        found.append(guard)
     return tuple(found)
 
 # %% ../nbs/10b_guards.ipynb #10-023
@@ -167,7 +175,8 @@ class _Seen(nn.Module):
     "What guards have seen: buffers, so that a checkpoint holds them."
     def __init__(self, n):
         super().__init__()
-        for name in ("start", "last"): self.register_buffer(name, torch.full((n,), math.nan, dtype=torch.float64))
+        for name in ("start", "last"):
+            self.register_buffer(name, torch.full((n,), math.nan, dtype=torch.float64))
         for name in ("fine", "ended"): self.register_buffer(name, torch.tensor(0 if name == "fine" else -1))
 
 
@@ -198,7 +207,8 @@ class GuardedRL(RLStage):
     @iterations.setter
     def iterations(self, n: int): self.planned = n
 
-    def modules(self) -> dict[str, nn.Module]: return super().modules() | dict(kept=self.kept, guards=self.seen)
+    def modules(self) -> dict[str, nn.Module]:
+        return super().modules() | dict(kept=self.kept, guards=self.seen)
 
     def heed(self, i: int, figures: dict[str, float]) -> None:
         "Keep the weights, or put the kept ones back and end the stage. Raises `BadInput` where a guarded metric is not measured, or no number before the first step."
@@ -206,7 +216,8 @@ class GuardedRL(RLStage):
             raise BadInput(f"rl.guard={self.cfg.rl.guard!r}: {missing[0]} is not measured here; expected {', '.join(k for k in figures if k in METRICS['digits']) or 'a stage that measures'}")
         self.seen.last.copy_(torch.tensor([figures[g.metric] for g in self.guards], dtype=torch.float64))
         if i == 0: self.seen.start.copy_(self.seen.last)
-        if not self.seen.start.isfinite().all(): raise BadInput(f"rl.guard={self.cfg.rl.guard!r}: {self.seen.start.tolist()} before the first step; expected numbers")
+        if not self.seen.start.isfinite().all():
+            raise BadInput(f"rl.guard={self.cfg.rl.guard!r}: {self.seen.start.tolist()} before the first step; expected numbers")
         if self.tripped:
             self.seen.ended.fill_(i)
             _copy(self.kept, self.student)

@@ -6,7 +6,7 @@
 __all__ = ['BODIES', 'SHARED', 'Plain', 'draw_images', 'evaluate']
 
 # %% ../nbs/13d_outcome.ipynb #13-003
-import hashlib
+import json
 import math
 from dataclasses import asdict
 from functools import partial
@@ -14,8 +14,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .config import BadInput, Config
-from .files import atomic_write, ensure_folder, open_regular, read_json, sha256, write_json
+from .arrays import keep
+from .border import BadInput
+from .config import Config
+from .files import atomic_write, ensure_folder, read_json, sha256, write_json
 from .journal import image_grid, progress_bar, save_png
 from .mar import MAR, unpatchify
 from .parallel import on_first
@@ -24,27 +26,31 @@ from .train import step_seed
 
 # %% ../nbs/13d_outcome.ipynb #13-006
 def _sampler(cfg, model, draw):
+    "The prepared loop."
     from marval.fast import FastSampler
-    half = cfg.compute.precision == "bf16" and model.mask_token.is_cuda
-    return FastSampler(model, draw, cfg.sampling.K, cfg.sampling.cfg, cfg.sampling.cfg_schedule, dtype=torch.bfloat16 if half else None, reveal=cfg.sampling.reveal)
+    s, half = cfg.sampling, cfg.compute.precision == "bf16" and model.mask_token.is_cuda
+    dtype = torch.bfloat16 if half else None
+    return FastSampler(model, draw, s.K, s.cfg, s.cfg_schedule, dtype=dtype, reveal=s.reveal)
 
 
 def _draw_batch(cfg, sampler, labels, i, decode):
     "Images of batch i."
     from marval.data import to_images
     from marval.sampling import draw_noise, random_orders
-    m, K, rounds, device = cfg.model, cfg.sampling.K, sampler.draw.rounds, labels.device
+    m, s, B, rounds, device = cfg.model, cfg.sampling, len(labels), sampler.draw.rounds, labels.device
     g = torch.Generator(device).manual_seed(step_seed(cfg.seed, "evaluate", i))
-    orders = random_orders(len(labels), m.seq_len, generator=g, device=device)
-    noise = draw_noise(len(labels), m.seq_len, K, m.token_dim, 1, generator=g, device=device, reveal=cfg.sampling.reveal)
-    if rounds > 1:
-        later = draw_noise(len(labels), m.seq_len, K, m.token_dim, rounds - 1, generator=g, device=device, reveal=cfg.sampling.reveal)
-        noise = [torch.cat(pair) for pair in zip(noise, later)]
-    with torch.inference_mode(): return (decode or to_images)(unpatchify(sampler.sample(labels, orders, noise), m.patch_size))
+    def noise_of(rounds):
+        return draw_noise(B, m.seq_len, s.K, m.token_dim, rounds, generator=g, device=device, reveal=s.reveal)
+    orders, noise = random_orders(B, m.seq_len, generator=g, device=device), noise_of(1)
+    if rounds > 1: noise = [torch.cat(pair) for pair in zip(noise, noise_of(rounds - 1))]
+    with torch.inference_mode():
+        return (decode or to_images)(unpatchify(sampler.sample(labels, orders, noise), m.patch_size))
 
 
 class Plain:
-    "The loop of [sampling](03_sampling.ipynb) as it is written there, behind the signature of `FastSampler`: what the prepared one is timed against."
+    """The loop of [sampling](03_sampling.ipynb) as it is written there, behind the signature of
+    `FastSampler`: what the
+    prepared one is timed against."""
     def __init__(self, cfg: Config, # K, guidance
                  model: MAR,        # any network
                  draw,              # its inner sampler
@@ -52,18 +58,21 @@ class Plain:
 
     def sample(self, labels, orders, noise):
         from marval.sampling import sample
-        return sample(self.model, labels, self.draw, self.cfg.K, self.cfg.cfg, self.cfg.cfg_schedule, orders=orders, noise=noise, reveal=self.cfg.reveal)
+        c = self.cfg
+        return sample(self.model, labels, self.draw, c.K, c.cfg, c.cfg_schedule, orders=orders, noise=noise,
+                      reveal=c.reveal)
 
-
-def draw_images(cfg: Config,   # the whole configuration: K, guidance, batch, seed
-                model: MAR,    # any network
-                draw,          # its inner sampler
-                labels: Tensor, # [n] classes
-                title=None,    # name of a progress bar; None = no bar
-                decode=None,   # latents -> images in [0, 1]; None = the latents are pixels
-                sampler=None,  # a `FastSampler` or `Plain` made for these; None = the former is made here
-                ) -> Tensor:   # [n, C, H, W] images in [0, 1]
-    "Images whose orders and entry noise depend on the seed and on their place in `labels` alone, not on the model."
+# %% ../nbs/13d_outcome.ipynb #13-006b
+def draw_images(
+    cfg: Config,    # the whole configuration: K, guidance, batch, seed
+    model: MAR,     # any network
+    draw,           # its inner sampler
+    labels: Tensor, # [n] classes
+    title=None,     # name of a progress bar; None = no bar
+    decode=None,    # latents -> images in [0, 1]; None = the latents are pixels
+    sampler=None,   # a `FastSampler` or `Plain` made for these; None = the former is made here
+) -> Tensor:        # [n, C, H, W] images in [0, 1]
+    "Images whose orders and entry noise depend on the seed and their place in `labels`, not on the model."
     sampler, batches, parts = sampler or _sampler(cfg, model, draw), labels.split(cfg.evaluate.batch), []
     with progress_bar(title, 0, len(batches), bool(title)) as bar:
         for i, y in enumerate(batches):
@@ -72,7 +81,8 @@ def draw_images(cfg: Config,   # the whole configuration: K, guidance, batch, se
     return torch.cat(parts)
 
 # %% ../nbs/13d_outcome.ipynb #13-007
-_MODELS = dict(teacher=("teacher", "chain"), one_step_init=("teacher", "one step"), student=("student", "one step"), student_rl=("student_rl", "one step"))
+_MODELS = dict(teacher=("teacher", "chain"), one_step_init=("teacher", "one step"),
+               student=("student", "one step"), student_rl=("student_rl", "one step"))
 
 
 def _drawer(cfg, kind, device):
@@ -80,28 +90,27 @@ def _drawer(cfg, kind, device):
     from marval.diffusion import Schedule
     from marval.sampling import OneStep, TeacherChain
     sched, s = Schedule.cosine(device=device), cfg.sampling
-    return TeacherChain(sched, s.chain_steps, s.temperature, s.clip) if kind == "chain" else OneStep(sched, s.entry_abar)
+    if kind == "chain": return TeacherChain(sched, s.chain_steps, s.temperature, s.clip)
+    return OneStep(sched, s.entry_abar)
 
 # %% ../nbs/13d_outcome.ipynb #13-011
-def _drawn(path, make):
-    "Images from an earlier, interrupted evaluation, if they are what was kept then, or new ones, kept."
-    from safetensors.torch import save_file
-    if (kept := _kept_images(path)) is not None: return kept
-    images = make().cpu().contiguous()
-    seal = {"sha256": hashlib.sha256(images.numpy().tobytes()).hexdigest()}
-    atomic_write(path, lambda tmp: save_file({"images": images}, tmp, metadata=seal))
-    return images
+def _recipe(road, product, kind):
+    "All that a model's images depend on, beside their number."
+    cfg = road.cfg
+    vae = None if isinstance(road, Digits) else road.digest
+    return dict(kind=kind, weights=sha256(road.out/f"{product}.safetensors"), vae=vae, seed=cfg.seed,
+                precision=cfg.compute.precision, scale=cfg.data.latent_scale, **asdict(cfg.sampling))
 
 
-def _kept_images(path):
-    "The images in a file, if they are those that were kept there; else nothing."
-    from safetensors import SafetensorError, safe_open
-    try:
-        open_regular(path).close()
-        with safe_open(path, framework="pt") as f:
-            images, seal = f.get_tensor("images"), (f.metadata() or {}).get("sha256")
-    except (BadInput, SafetensorError, OSError): return None
-    return images if hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest() == seal else None
+def _kept_images(road, name, product, kind, labels, draw):
+    "Images from an earlier, interrupted evaluation, or new ones, kept."
+    recipe = json.dumps(_recipe(road, product, kind) | dict(n=len(labels), batch=road.cfg.evaluate.batch))
+    make = lambda: dict(images=draw(labels, f"draw {name}").cpu())
+    def check(found):
+        if len(found.get("images", ())) != len(labels):
+            raise BadInput(f"kept images of {name}: not {len(labels)}")
+    path = road.out/"state"/"evaluate"/f"{name}.safetensors"
+    return keep(path, make, recipe, check)["images"].to(road.device)
 
 
 def _pictures(road, labels):
@@ -109,99 +118,141 @@ def _pictures(road, labels):
     from marval.evaluate import seconds_side_by_side
     cfg, images, draws = road.cfg, {}, {}
     for name, (product, kind) in _MODELS.items():
-        args = cfg, network(cfg, road.out/f"{product}.safetensors", road.device), _drawer(cfg, kind, road.device)
-        draw = {way: partial(draw_images, *args, decode=road.decode, sampler=way(*args)) for way in (Plain, _sampler)}
+        model = network(cfg, road.out/f"{product}.safetensors", road.device)
+        args = cfg, model, _drawer(cfg, kind, road.device)
+        draw = {way: partial(draw_images, *args, decode=road.decode, sampler=way(*args))
+                for way in (Plain, _sampler)}
         for way in draw: draws[name, way] = lambda n, f=draw[way]: f(labels[:1].expand(n))
-        with threads(cfg, 2):
-            images[name] = _drawn(road.out/"state"/"evaluate"/f"{name}.safetensors", lambda: draw[_sampler](labels, f"draw {name}")).to(road.device)
-    times = seconds_side_by_side(draws, (1, 64) if isinstance(road, Digits) else (1,), cfg.evaluate.timing_repeats)
-    return images, {name: dict(seconds_per_image=times[name, Plain], seconds_per_image_fast=times[name, _sampler]) for name in images}
+        with threads(cfg, 2): images[name] = _kept_images(road, name, product, kind, labels, draw[_sampler])
+    batches = (1, 64) if isinstance(road, Digits) else (1,)
+    times = seconds_side_by_side(draws, batches, cfg.evaluate.timing_repeats)
+    ways = dict(seconds_per_image=Plain, seconds_per_image_fast=_sampler)
+    return images, {name: {k: times[name, way] for k, way in ways.items()} for name in _MODELS}
+
+# %% ../nbs/13d_outcome.ipynb #13-011b
+def _readable(out, name, kind):
+    "Stage -> what its file of this name holds, oldest first. One that can't be read is not needed here."
+    found = {}
+    for path in sorted((out/"state").glob(f"*/{name}"), key=lambda path: path.stat().st_mtime):
+        try: found[path.parent.name] = read_json(path, kind)
+        except BadInput: continue
+    return found
 
 
-def _remembered(out):
-    "(stage, settings it was made with, what it said at its end or None) of a run folder, in the order of their start."
-    from marval.pipeline import Done, Settings
-    found = []
-    for path in (out/"state").glob("*/settings.json"):
-        try: kept = read_json(path, Settings)
-        except BadInput: continue                       # nothing is made from it here
-        try: done = read_json(path.with_name("done.json"), Done)
-        except BadInput: done = None
-        found.append((path.stat().st_mtime, path.parent.name, kept, done))
-    return [entry[1:] for entry in sorted(found, key=lambda entry: entry[:2])]
+def _used(out):
+    "Settings that the stages in a run folder were made with."
+    from marval.pipeline import Settings
+    used = {}
+    for settings in _readable(out, "settings.json", Settings).values(): used |= settings
+    return used
 
 
-def _history(out):
-    "Settings that the stages in a run folder were made with, and the seconds each took in its last sitting."
-    used, seconds = {}, {}
-    for stage, kept, done in _remembered(out):
-        used |= kept
-        if done: seconds[stage] = done.seconds
-    return used, seconds
-
-
-def _facts(road, n, seconds):
+def _facts(road, n):
+    "What metrics.json says of where it comes from."
     from marval.evaluate import run_provenance
-    cfg, s = road.cfg, road.cfg.sampling
-    stopped = {f"{stage}_stopped": done.stopped for stage, _, done in _remembered(road.out) if done and done.stopped}
-    return run_provenance() | dict(seed=cfg.seed, scale=cfg.scale, K=s.K, cfg=s.cfg, chain_steps=s.chain_steps, n=n, seconds=seconds) | stopped
+    from marval.pipeline import Done
+    cfg, s, done = road.cfg, road.cfg.sampling, _readable(road.out, "done.json", Done)
+    stopped = {f"{stage}_stopped": d.stopped for stage, d in done.items() if d.stopped}
+    seconds = {stage: d.seconds for stage, d in done.items()}
+    return run_provenance() | stopped | dict(
+        seed=cfg.seed, scale=cfg.scale, K=s.K, cfg=s.cfg, chain_steps=s.chain_steps, n=n, seconds=seconds)
 
 # %% ../nbs/13d_outcome.ipynb #13-012
-def _png(road, images, **kwargs):
+def _save_samples(road, images, **kwargs):
+    "One picture of all models."
     from marval.report import samples_png
     png = samples_png(images, **kwargs)
-    atomic_write(road.out/"samples.png", lambda tmp: tmp.write_bytes(png))
+    atomic_write(road.out/"samples.png", lambda temp: temp.write_bytes(png))
 
 
 def _evaluate_digits(road):
-    from marval.evaluate import measure, noise_floor, summarise
+    "Everything about digits."
+    from marval.evaluate import check_evaluation, measure, noise_floor, summarise
     from marval.report import results_table, write_report
-    (real, real_labels), labels = road.images, torch.arange(road.cfg.evaluate.n, device=road.device) % road.cfg.model.class_num
+    check_evaluation(road.cfg)
+    real, real_labels = road.images
+    labels = torch.arange(road.cfg.evaluate.n, device=road.device) % road.cfg.model.class_num
     images, times = _pictures(road, labels)
-    results = {name: measure(x, labels, road.judges, real, real_labels) | times[name] for name, x in images.items()}
-    used, seconds = _history(road.out)
-    metrics = summarise(_facts(road, len(labels), seconds), results, noise_floor(road.judges, real, real_labels))
-    print("\n" + results_table(metrics) + "\n", flush=True)
-    _png(road, images)
+    def measured(name):
+        try: return measure(images[name], labels, road.judges, real, real_labels) | times[name]
+        except BadInput as e: raise BadInput(f"{name}: {e}") from None
+    metrics = summarise(_facts(road, len(labels)), {name: measured(name) for name in images},
+                        noise_floor(road.judges, real, real_labels))
+    print(f"\n{results_table(metrics)}\n", flush=True)
+    _save_samples(road, images)
     write_json(road.out/"metrics.json", metrics)
-    write_report(road.out, used)
+    write_report(road.out, _used(road.out))
 
 
 def _figures(road):
-    "Model -> FID and its kin, of `evaluate.n` images that all processes draw and nobody writes; nothing without a reference."
+    "Model -> FID and its kin, of `evaluate.n` images that all processes draw; nothing without a reference."
+    from marval.evaluate import check_evaluation
     from marval.features import extractor
     from marval.fidelity import measure_drawn, open_reference
-    cfg, e, out = road.cfg, road.cfg.evaluate, {}
+    cfg, e, device, out = road.cfg, road.cfg.evaluate, road.device, {}
     if not e.reference: return {}
-    net, reference = extractor(weights=e.inception or None, device=road.device), open_reference(e.reference, cfg.model.img_size)
+    check_evaluation(cfg)
+    net = extractor(weights=e.inception or None, device=device)
+    reference, kept = open_reference(e.reference, cfg.model.img_size), road.out/"state"/"evaluate"/"features"
     for name, (product, kind) in _MODELS.items():
-        sampler = _sampler(cfg, network(cfg, road.out/f"{product}.safetensors", road.device), _drawer(cfg, kind, road.device))
-        recipe = dict(kind=kind, weights=sha256(road.out/f"{product}.safetensors"), vae=road.digest, seed=cfg.seed, precision=cfg.compute.precision, scale=cfg.data.latent_scale, **asdict(cfg.sampling))
-        out[name] = measure_drawn(lambda i, y: _draw_batch(cfg, sampler, y.to(road.device), i, road.decode), e.n, cfg.model.class_num, reference, net, recipe, e.batch, road.out/"state"/"evaluate"/"features", name)
+        model = network(cfg, road.out/f"{product}.safetensors", device)
+        sampler = _sampler(cfg, model, _drawer(cfg, kind, device))
+        draw = lambda i, y: _draw_batch(cfg, sampler, y.to(device), i, road.decode)
+        out[name] = measure_drawn(draw, e.n, cfg.model.class_num, reference, net,
+                                  _recipe(road, product, kind), e.batch, kept, name)
     return out
+
+# %% ../nbs/13d_outcome.ipynb #13-012b
+def _file_name(i, text):
+    "Of a picture: its number, and as much of its prompt as fits."
+    return f"{i:04d} " + text.replace("/", "-").encode()[:120].decode(errors="ignore") + ".png"
+
+
+def _summary(road, times, figures):
+    "What the terminal is told of photographs."
+    def told(name):
+        found = figures.get(name, {})
+        keys = ("fid", "is_mean", "kid", "precision", "recall")
+        return "".join(f"  {k} {found[k]:.3f}" for k in keys if found.get(k) is not None)
+    def line(name):
+        plain, fast = (1e3 * times[name][k]["1"] for k in ("seconds_per_image", "seconds_per_image_fast"))
+        plainly = f"({plain:.1f} by the plain loop)"
+        return f"{name:<14} {fast:8.1f} ms an image at batch 1, decoded {plainly}{told(name)}"
+    end = f"{road.cfg.evaluate.pictures} images a model in {road.out/'samples'}"
+    if not figures: end += "; FID and its kin need evaluate.reference"
+    return "\n".join([*map(line, times), end])
 
 
 def _evaluate_photographs(road, figures):
+    "Pictures, times, and the figures that all ranks have measured."
     from marval.rewards import prompts
-    m, n = road.cfg.model, road.cfg.evaluate.pictures
-    labels = torch.arange(n, device=road.device) * m.class_num // n                     # from all over the list of classes
+    cfg, m, n = road.cfg, road.cfg.model, road.cfg.evaluate.pictures
+    shown = max(n, 1)                                                     # one for samples.png at least
+    labels = torch.arange(shown, device=road.device) * m.class_num // shown     # from all over the list
     images, times = _pictures(road, labels)
-    said = prompts(road.cfg.rl.prompt, road.names, labels)
+    said = prompts(cfg.rl.prompt, road.names, labels)
     for name, x in images.items():
         folder = ensure_folder(road.out/"samples"/name)
-        for i, (picture, text) in enumerate(zip(x, said)): save_png(folder/f"{i:04d} {text.replace('/', '-')[:120]}.png", image_grid(picture[None]))
-    speedup = {f"speedup{way}": {b: s / times["student"][f"seconds_per_image{way}"][b] for b, s in times["teacher"][f"seconds_per_image{way}"].items()} for way in ("", "_fast")}
-    metrics = _facts(road, n, _history(road.out)[1]) | dict(prompts=said, cfg_schedule=road.cfg.sampling.cfg_schedule, reference=road.cfg.evaluate.reference or None, **speedup, **{name: t | figures.get(name, {}) for name, t in times.items()})
-    told = lambda name: "".join(f"  {k} {figures[name][k]:.3f}" for k in ("fid", "is_mean", "kid", "precision", "recall") if figures and figures[name][k] is not None)
-    print("\n" + "\n".join(f"{name:<14} {1e3 * t['seconds_per_image_fast']['1']:8.1f} ms an image at batch 1, decoded ({1e3 * t['seconds_per_image']['1']:.1f} by the plain loop){told(name)}" for name, t in times.items()) + f"\n{n} images a model in {road.out/'samples'}"
-          + ("" if figures else "; FID and its kin need evaluate.reference") + "\n", flush=True)
-    columns = min(8, n)
-    _png(road, images, rows=min(2, math.ceil(n / columns)), columns=columns)
+        for i, picture in enumerate(x[:n]): save_png(folder/_file_name(i, said[i]), image_grid(picture[None]))
+    def speedup(key):
+        slow, fast = times["teacher"][key], times["student"][key]
+        return {batch: slow[batch] / fast[batch] for batch in slow}
+    metrics = _facts(road, n) | dict(
+        prompts=said[:n], cfg_schedule=cfg.sampling.cfg_schedule, reference=cfg.evaluate.reference or None,
+        speedup=speedup("seconds_per_image"), speedup_fast=speedup("seconds_per_image_fast"))
+    metrics |= {name: t | figures.get(name, {}) for name, t in times.items()}
+    print(f"\n{_summary(road, times, figures)}\n", flush=True)
+    _save_samples(road, images, columns=8)
     write_json(road.out/"metrics.json", metrics)
 
 # %% ../nbs/13d_outcome.ipynb #13-014
-def evaluate(road) -> None:
-    "Draw every model's images, measure them, print one table, write metrics.json and samples.png; of digits report.html too, of photographs some pictures. Digits are rank 0's, photographs are drawn and measured by all."
+def evaluate(
+    road, # `Digits` or `Photographs`
+) -> None:
+    """Draw every model's images, measure them, print one table, write metrics.json and samples.png; of digits
+    report.html too, of photographs some pictures. Digits are rank 0's, photographs are drawn and measured
+    by all.
+    Raises `BadInput` where the figures can't be computed."""
     if isinstance(road, Digits): on_first(_evaluate_digits, road)
     else:
         figures = _figures(road)
@@ -209,4 +260,5 @@ def evaluate(road) -> None:
 
 
 BODIES = dict(cache=cache, teacher=teacher, judges=judges, distill=distill, rl=rl, evaluate=evaluate)
-SHARED = ("cache", "teacher", "distill", "rl", "evaluate")  # stages that all processes work on; the others are rank 0's
+SHARED = ("cache", "teacher", "distill", "rl", "evaluate")  # stages that all processes work on; others are
+                                                            # rank 0's

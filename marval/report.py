@@ -9,19 +9,23 @@ __all__ = ['COLUMNS', 'STAGES', 'show', 'results_table', 'samples_png', 'write_r
 import base64
 import html
 import io
+import os
 from pathlib import Path
 
-from .evaluate import MODELS
-from .files import atomic_write, read_json
+from .border import BadInput, one_line
+from .evaluate import MODELS, check_metrics
+from .files import atomic_write, open_regular, read_json
 from .journal import read_log
 
 # %% ../nbs/13_report.ipynb #13-006
-COLUMNS = dict(fd="FD", kid="KID", precision="precision", recall="recall", accuracy="accuracy", coverage="coverage", diversity="diversity",
-               reward="reward", heldout_reward="held-out")
+COLUMNS = dict(
+    fd="FD", kid="KID", precision="precision", recall="recall", accuracy="accuracy", coverage="coverage",
+    diversity="diversity", reward="reward", heldout_reward="held-out")
 
 
-def show(rows: list[dict], # all with the same keys; values are text
-         ) -> str:         # aligned columns
+def show(
+    rows: list[dict], # all with the same keys; values are text
+) -> str:             # aligned columns
     "A table for the terminal."
     rows = [{k: k for k in rows[0]}] + rows
     width = {k: max(len(r[k]) for r in rows) for k in rows[0]}
@@ -29,20 +33,23 @@ def show(rows: list[dict], # all with the same keys; values are text
 
 
 def _rows(metrics):
-    "The table's cells: a row per model, times in milliseconds; last, one half of the real data against the other."
-    def row(name, results):
-        times = results.get("seconds_per_image", {})
-        return {"model": name} | {title: f"{results[k]:.3f}" for k, title in COLUMNS.items()} | {
+    "The table's cells: a row per model, times in milliseconds; last, one half of the real data."
+    def row(name):
+        results, times = metrics[name], metrics[name].get("seconds_per_image", {})
+        figures = {title: f"{results[k]:.3f}" for k, title in COLUMNS.items()}
+        return {"model": name} | figures | {
             f"ms/image at {b}": f"{1e3 * times[b]:.2f}" if times else "-" for b in metrics["speedup"]}
-    return [row(name, metrics[name]) for name in MODELS] + [row("real", metrics["real"])]
+    return [row(name) for name in (*MODELS, "real")]
 
 
-def results_table(metrics: dict,  # what metrics.json holds
-                  ) -> str:       # aligned columns, and the speed-up in words
+def results_table(
+    metrics: dict,  # what metrics.json holds
+) -> str:           # aligned columns, and the speed-up in words
     "The result of a run, for the terminal."
-    said = lambda key: ", ".join(f"{v:.3g}x at batch {b}" for b, v in metrics[key].items())
+    def said(key): return ", ".join(f"{v:.3g}x at batch {b}" for b, v in metrics[key].items())
     fast = f"; both by the prepared loop: {said('speedup_fast')}" if "speedup_fast" in metrics else ""
-    return show(_rows(metrics)) + f"\n\none step against the teacher's {metrics['chain_steps']}, both with K = {metrics['K']}, times of the plain loop: {said('speedup')}{fast}"
+    return (f"{show(_rows(metrics))}\n\none step against the teacher's {metrics['chain_steps']}, both with "
+            f"K = {metrics['K']}, times of the plain loop: {said('speedup')}{fast}")
 
 # %% ../nbs/13_report.ipynb #13-008
 def _png(draw, width, height, dpi=110):
@@ -56,20 +63,27 @@ def _png(draw, width, height, dpi=110):
     return buffer.getvalue()
 
 
-def samples_png(images: dict,      # model -> [n, C, H, W] in [0, 1], C = 1 or 3, classes in turn
-                rows: int = 2,     # rows of pictures a model
-                columns: int = 10, # pictures in a row
-                ) -> bytes:        # a PNG
+def samples_png(
+    images: dict,      # model -> [n, C, H, W] in [0, 1], C = 1 or 3, classes in turn
+    rows: int = 2,     # rows of pictures a model
+    columns: int = 10, # pictures in a row
+) -> bytes:            # a PNG
     "The models below each other: same classes, orders and entry noise."
     from einops import rearrange
     from torch.nn.functional import pad
-    tiles = [pad(x[:rows * columns].cpu(), (0, 1, 0, 1), value=.5) for x in images.values()]         # a grey pixel between pictures
-    blocks = [pad(rearrange(t, "(r c) ch h w -> ch (r h) (c w)", c=columns), (0, 0, 0, 1), value=.5) for t in tiles]
-    picture, side = rearrange(blocks, "m ch h w -> (m h) w ch").numpy(), blocks[0].shape[1]
+    n = min(rows * columns, *map(len, images.values()))
+    columns = min(columns, n)
+    rows = n // columns                                                    # whole ones
+    def sheet(x):
+        tiles = pad(x[:rows * columns].cpu(), (0, 1, 0, 1), value=.5)      # a grey pixel between pictures
+        return pad(rearrange(tiles, "(r c) ch h w -> ch (r h) (c w)", c=columns), (0, 0, 0, 1), value=.5)
+    sheets = [sheet(x) for x in images.values()]
+    picture, side = rearrange(sheets, "m ch h w -> (m h) w ch").numpy(), sheets[0].shape[1]
     def draw(fig):
         ax = fig.subplots()
         ax.imshow(picture, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
-        ax.set(xticks=[], yticks=[(i + .5) * side for i in range(len(images))], yticklabels=[name.replace("_", " ") for name in images])
+        ax.set(xticks=[], yticks=[(i + .5) * side for i in range(len(images))],
+               yticklabels=[name.replace("_", " ") for name in images])
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
     return _png(draw, 0.57 * columns + 1.1, 0.6 * len(images) * rows)
@@ -77,9 +91,21 @@ def samples_png(images: dict,      # model -> [n, C, H, W] in [0, 1], C = 1 or 3
 # %% ../nbs/13_report.ipynb #13-012
 STAGES = ("teacher", "distill", "rl")
 
+
+def _log(out, stage):
+    "Rows of a stage's log: the numbers in them, by name. What is none is passed over."
+    folder = out/"state"/stage
+    if not os.path.isfile(folder/"log.jsonl"): return []
+    try: rows = [r for r in read_log(folder) if isinstance(r, dict)]
+    except (OSError, ValueError, RecursionError): return []
+    number = lambda v: type(v) in (int, float) and abs(v) < 1e30
+    rows = [{k: v for k, v in r.items() if number(v)} for r in rows]
+    return [r for r in rows if "step" in r]
+
+
 def _curves(out, key, label):
     "PNG of a logged value against iterations, one panel for each stage that logged it; None where none did."
-    logs = {stage: [(r["step"], r[key]) for r in read_log(out/"state"/stage) if key in r] for stage in STAGES}
+    logs = {stage: [(r["step"], r[key]) for r in _log(out, stage) if key in r] for stage in STAGES}
     logs = {stage: rows for stage, rows in logs.items() if rows}
     def draw(fig):
         for ax, (stage, rows) in zip(fig.subplots(1, len(logs), squeeze=False)[0], logs.items()):
@@ -90,44 +116,79 @@ def _curves(out, key, label):
     return _png(draw, 9, 2.6) if logs else None
 
 
-_PRICE = (("rewards, nats or points", ("score", "watch")), ("Fréchet distance", ("fd",)), ("share, or ratio to real", ("coverage", "diversity", "accuracy")))
+_PRICE = {"rewards, nats or points": ("score", "watch"), "Fréchet distance": ("fd",),
+          "share, or ratio to real": ("coverage", "diversity", "accuracy")}
+
 
 def _price(out):
-    "PNG of what RL gains (the reward, and one that only watches) and what that costs, against iterations; None where it was not measured."
-    rows = [r for r in read_log(out/"state"/"rl") if "score" in r]
-    panels = [(label, keys) for label, keys in _PRICE if rows and any(k in rows[0] for k in keys)]
+    """PNG of what RL gains (the reward, and one that only watches) and what that costs, against iterations;
+    None where
+    it was not measured."""
+    rows = [r for r in _log(out, "rl") if "score" in r]
+    lines = {k: [(r["step"], r[k]) for r in rows if k in r] for keys in _PRICE.values() for k in keys}
+    panels = [(label, [k for k in keys if lines[k]]) for label, keys in _PRICE.items()]
+    panels = [(label, keys) for label, keys in panels if keys]
     def draw(fig):
         for ax, (label, keys) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels):
-            for k in keys:
-                if k in rows[0]: ax.plot([r["step"] for r in rows], [r[k] for r in rows], marker="o", ms=3, lw=1.2, label=k)
+            for k in keys: ax.plot(*zip(*lines[k]), marker="o", ms=3, lw=1.2, label=k)
             ax.set(xlabel="iteration of RL", ylabel=label)
             ax.legend(frameon=False)
             ax.grid(alpha=.3)
     return _png(draw, 9, 2.6) if rows else None
 
+# %% ../nbs/13_report.ipynb #13-012b
+_STYLE = """body { font: 15px/1.5 sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em }
+table { border-collapse: collapse } td, th { padding: .15em .7em; text-align: right; border-bottom: 1px
+solid #ddd }
+img { max-width: 100% }"""
+
+
+def _text(value): return html.escape(one_line(value))
+
 
 def _table(rows):
     "An HTML table of dictionaries with the same keys."
-    line = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{html.escape(str(c))}</{tag}>" for c in cells) + "</tr>"
+    def line(cells, tag): return "<tr>" + "".join(f"<{tag}>{_text(c)}</{tag}>" for c in cells) + "</tr>"
     return "<table>" + line(rows[0], "th") + "".join(line(r.values(), "td") for r in rows) + "</table>"
 
 
-_STYLE = """body { font: 15px/1.5 sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em }
-table { border-collapse: collapse } td, th { padding: .15em .7em; text-align: right; border-bottom: 1px solid #ddd } img { max-width: 100% }"""
+def _read_png(path):
+    "The bytes of a picture, which the page will hold."
+    with open_regular(path, "a PNG") as f: content = f.read(1 << 26)
+    if not content.startswith(b"\x89PNG\r\n"):
+        raise BadInput(f"{path}: no PNG; expected the pictures of the run")
+    return content
 
-def write_report(out: Path,           # run folder with metrics.json, samples.png and state/
-                 settings: dict,      # dotted name -> value: what the run was made with
-                 ) -> None:
-    "Write report.html from what the run folder holds. Raises `BadInput` where something is missing."
+
+def _facts(metrics):
+    "What is neither a figure nor a table."
+    facts = {k: v for k, v in metrics.items() if isinstance(v, (str, int, float))}
+    return facts | {f"seconds of {k}": v for k, v in metrics.get("seconds", {}).items()}
+
+
+def _page(parts):
+    "Parts of a body as one HTML document."
+    head = f'<meta charset="utf-8"><title>MARVAL</title>\n<style>{_STYLE}</style>'
+    return "\n".join([f'<!doctype html>\n<html lang="en">{head}', *parts, "</html>\n"])
+
+# %% ../nbs/13_report.ipynb #13-012c
+def write_report(
+    out: Path,           # run folder with metrics.json, samples.png and state/
+    settings: dict,      # dotted name -> value: what the run was made with
+) -> None:
+    "Write report.html from what the run folder holds. Raises `BadInput` where it is missing or damaged."
     out, metrics = Path(out), read_json(Path(out)/"metrics.json")
+    check_metrics(metrics)
     image = lambda png: f'<img alt="" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-    parts = [f"<h1>MARVAL, scale {html.escape(metrics['scale'])}</h1>", _table(_rows(metrics)), f"<p>{html.escape(results_table(metrics).splitlines()[-1])}.</p>",
-             "<h2>Same class, same order, same noise</h2>", image((out/"samples.png").read_bytes())]
-    for key, label, title in (("loss", "loss", "Loss"), ("fd", "Fréchet distance", "Fréchet distance to the data"), ("reward", "reward", "Reward while it is being maximised")):
+    titles = dict(loss=("loss", "Loss"), fd=("Fréchet distance", "Fréchet distance to the data"),
+                  reward=("reward", "Reward while it is being maximised"))
+    parts = [f"<h1>MARVAL, scale {_text(metrics['scale'])}</h1>", _table(_rows(metrics)),
+             f"<p>{_text(results_table(metrics).splitlines()[-1])}.</p>",
+             "<h2>Same class, same order, same noise</h2>", image(_read_png(out/"samples.png"))]
+    for key, (label, title) in titles.items():
         if png := _curves(out, key, label): parts += [f"<h2>{title}</h2>", image(png)]
     if png := _price(out): parts += ["<h2>What RL gains, and what it costs</h2>", image(png)]
-    if why := metrics.get("rl_stopped"): parts += [f"<p>A guard ended RL: {html.escape(why)}.</p>"]
-    facts = {k: v for k, v in metrics.items() if not isinstance(v, dict)} | {f"seconds of {k}": v for k, v in metrics["seconds"].items()}
-    for title, values in (("Where this comes from", facts), ("Settings", settings)): parts += [f"<h2>{title}</h2>", _table([{"": k, "value": v} for k, v in values.items()])]
-    page = f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>MARVAL</title>\n<style>{_STYLE}</style>\n' + "\n".join(parts) + "\n</html>\n"
-    atomic_write(out/"report.html", lambda tmp: tmp.write_text(page, encoding="utf-8"))
+    if why := metrics.get("rl_stopped"): parts += [f"<p>A guard ended RL: {_text(why)}.</p>"]
+    for title, values in (("Where this comes from", _facts(metrics)), ("Settings", settings)):
+        if values: parts += [f"<h2>{title}</h2>", _table([{"": k, "value": v} for k, v in values.items()])]
+    atomic_write(out/"report.html", lambda temp: temp.write_text(_page(parts), encoding="utf-8"))
