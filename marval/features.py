@@ -297,8 +297,10 @@ def _read_weights(path, what):
     except Exception as e: raise BadInput(f"{path}: damaged ({one_line(e, 200)}); expected {what}") from e
     if not isinstance(state, dict): raise BadInput(f"{path}: a {type(state).__name__}; expected {what}")
     for k, v in state.items():
-        if type(k) is not str or type(v) is not Tensor:
+        if type(k) is not str or type(v) is not Tensor or v.layout != torch.strided or v.is_quantized:
             raise BadInput(f"{path}: {given(k)} is a {type(v).__name__}; expected {what}, tensors by name")
+        if v.numel() * v.element_size() > v.untyped_storage().nbytes():     # a view, repeated
+            raise BadInput(f"{path}: {given(k)} claims {v.numel()} numbers, too many; expected {what}")
         if v.is_floating_point() and not v.isfinite().all():
             raise BadInput(f"{path}: nan or inf in {given(k)}; expected {what}")
     return state, hashlib.sha256(content).hexdigest()
