@@ -100,8 +100,7 @@ def frechet(
 ) -> float:             # >= 0; 100 = the total variance of real digits' features; nan where an image holds
                         # nan
     r"""$\lVert\mu_1-\mu_2\rVert^2+\operatorname{tr}(\Sigma_1+\Sigma_2-2(\Sigma_1\Sigma_2)^{1/2})$ (Heusel
-    et al.
-    2017), computed by torch-fidelity."""
+    et al. 2017), computed by torch-fidelity."""
     return _fidelity(images, reference, net, fid=True)["fd"]
 
 
@@ -111,8 +110,7 @@ def kid(
     net: DigitNet,      # judge whose features are compared
 ) -> float:             # mean over 20 subsets of at most 500; may be slightly negative
     r"""$\mathbb{E}k(u,u')+\mathbb{E}k(v,v')-2\mathbb{E}k(u,v)$, $k=(u^\top v/64+1)^3$ (Binkowski et al.
-    2018), by
-    torch-fidelity."""
+    2018), by torch-fidelity."""
     return _fidelity(images, reference, net, kid=True)["kid"]
 
 
@@ -122,8 +120,7 @@ def precision_recall(
     net: DigitNet,      # judge whose features are compared
 ) -> tuple[float, float]: # shares from 0 to 1
     """Generated images within real third-neighbour balls, and real ones within generated balls
-    (Kynkaanniemi et al.
-    2019), by torch-fidelity."""
+    (Kynkaanniemi et al. 2019), by torch-fidelity."""
     out = _fidelity(images, reference, net, prc=True)
     return out["precision"], out["recall"]
 
@@ -152,8 +149,7 @@ def diversity(
     real_labels: Tensor,  # [m] long
 ) -> float:               # 1 = as different from each other as real ones
     r"""$\operatorname{mean}_c\mathbb{E}\lVert x-x'\rVert$ over pairs within a class, over the same for real
-    images;
-    classes with fewer than two images are left out of both. Raises `BadInput` if none is left."""
+    images; classes with fewer than two images are left out of both. Raises `BadInput` if none is left."""
     of = lambda y, c: (y == c).nonzero()[:, 0]
     members = [(of(labels, c), of(real_labels, c)) for c in real_labels.unique()]
     members = [(a, b) for a, b in members if len(a) > 1 and len(b) > 1]
@@ -180,16 +176,20 @@ def least_images(
 
 
 def check_evaluation(
-    cfg: Config, # `evaluate.n`
+    cfg: Config, # its `evaluate`
 ) -> None:
-    "Raises `BadInput` where the figures can't be computed of so few images; asked before any is drawn."
-    from marval.fidelity import LEAST
-    digits = cfg.data.name == "digits"
-    if not digits and not cfg.evaluate.reference: return          # nothing is measured
-    least = least_images(cfg.model.class_num) if digits else LEAST
-    n, C = cfg.evaluate.n, cfg.model.class_num
-    if n < least: raise BadInput(f"evaluate.n={n}: expected at least {least}")
-    if digits: check_memory(16 * (n / C)**2, f"evaluate.n={n}")   # distances within a class
+    """Can the figures be computed, of so many images, with this extractor and reference? Raises `BadInput`
+    where they can't. Asked before the first image is drawn."""
+    e, C = cfg.evaluate, cfg.model.class_num
+    if cfg.data.name == "digits":
+        least = least_images(C)
+        if e.n < least: raise BadInput(f"evaluate.n={e.n}: expected at least {least}")
+        check_memory(16 * (e.n / C)**2, f"evaluate.n={e.n}")    # distances within a class
+    elif e.reference:
+        from marval.features import extractor
+        from marval.fidelity import check_sizes, open_reference
+        reference = open_reference(e.reference, cfg.model.img_size)
+        check_sizes(e.n, e.batch, reference, extractor(weights=e.inception or None), "evaluate.n: ")
 
 
 @torch.no_grad()
@@ -201,8 +201,8 @@ def measure(
     real_labels: Tensor,   # [m] long
 ) -> dict:                 # fd, kid, precision, recall, accuracy, coverage, diversity, reward, heldout_reward
     """All figures of a set of images. The rewards are mean log-probabilities of the class asked for, in
-    nats, under the
-    two judges. Raises `BadInput` where an image holds nan or inf, and where there are too few."""
+    nats, under the two judges. Raises `BadInput` where an image holds nan or inf, and where there are too
+    few."""
     if not images.isfinite().all(): raise BadInput("an image holds nan or inf; expected numbers in [0, 1]")
     if len(images) < 5: raise BadInput(f"{len(images)} images; expected at least 5")
     net = judges.heldout_net
@@ -233,8 +233,7 @@ def seconds_side_by_side(
     repeats: int = 5,  # rounds; the median of each counts
 ) -> dict:             # name -> batch size as text -> seconds
     """Median wall-clock time of `draw(n)`, divided by n, after one untimed draw. Every round draws once
-    with each, so
-    that a slow minute of the machine is shared."""
+    with each, so that a slow minute of the machine is shared."""
     def wait():
         if torch.cuda.is_available(): torch.cuda.synchronize()
     def once(draw, n):
@@ -287,8 +286,7 @@ def check_metrics(
     metrics: dict,  # what metrics.json holds; further keys are welcome
 ) -> None:
     """Is everything there, and every measure a finite number? Raises `BadInput` naming the first key that
-    is missing or
-    wrong."""
+    is missing or wrong."""
     try: text = json.dumps(metrics)
     except (TypeError, ValueError, RecursionError) as e:
         raise BadInput(f"metrics: {one_line(e, 200)}") from None
@@ -304,8 +302,7 @@ def summarise(
     real: dict,      # from `noise_floor`
 ) -> dict:           # what metrics.json holds
     """Put a run's figures together: adds the speed-ups and the rewards before and after RL, then checks.
-    Raises
-    `BadInput` as `check_metrics`."""
+    Raises `BadInput` as `check_metrics`."""
     def faster(key):
         slow, fast = (results[m][key] for m in ("teacher", "student"))
         return {batch: slow[batch] / fast[batch] for batch in slow}
@@ -324,8 +321,7 @@ def noise_floor(
     labels: Tensor,      # [m] long
 ) -> dict:               # as `measure`
     """A random half of the real data measured against the other half: what a perfect generator would get at
-    n = m/2.
-    The halves are not those that the judges learned from."""
+    n = m/2. The halves are not those that the judges learned from."""
     a, b = halves(labels, seed=2**40)
     return measure(images[a], labels[a], judges, images[b], labels[b])
 

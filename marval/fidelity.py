@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROTOCOL', 'PARTS', 'LEAST', 'MOST', 'statistics', 'fid', 'save_statistics', 'read_statistics', 'fid_infinity',
-           'small_sample', 'inception_score', 'kid', 'precision_recall', 'Reference', 'open_reference', 'fidelity',
-           'measure_drawn']
+           'small_sample', 'inception_score', 'kid', 'precision_recall', 'Reference', 'open_reference', 'check_sizes',
+           'fidelity', 'measure_drawn']
 
 # %% ../nbs/13b_fidelity.ipynb #13-003
 import math
@@ -38,8 +38,7 @@ def fid(
     b: dict,    # the others
 ) -> float:     # >= 0, but for rounding; nan where it can't be computed
     r"""$\lVert \mu_1-\mu_2 \rVert^2 + \mathrm{tr}(\Sigma_1+\Sigma_2-2(\Sigma_1\Sigma_2)^{1/2})$ (Heusel et
-    al.
-    2017), by torch-fidelity. Raises `BadInput` where the dimensions differ."""
+    al. 2017), by torch-fidelity. Raises `BadInput` where the dimensions differ."""
     from torch_fidelity.metric_fid import fid_statistics_to_metric
     F, want = len(b["mu"]), len(a["mu"])
     if F != want:
@@ -91,8 +90,7 @@ def read_statistics(
     path: Path | str, # an .npz with mu [F] and sigma [F, F]
 ) -> dict:            # both as float64
     """The inverse of `save_statistics`; ADM's own files too. Raises `BadInput` as `read_arrays`, and where
-    the two are
-    missing, don't fit, or are no mean and covariance."""
+    the two are missing, don't fit, or are no mean and covariance."""
     found = read_arrays(path, "mu", "sigma", check=lambda headers: _check_headers(path, headers))
     stats = {k: v.astype(np.float64) for k, v in found.items()}
     _check_statistics(path, stats)
@@ -106,8 +104,7 @@ def fid_infinity(
                        # None: too few
                        # images for two sizes
     r"""Least squares on $\mathrm{FID}_n = \mathrm{FID}_\infty + b/n$ (Chong & Forsyth 2020), over the whole
-    sample,
-    halves and quarters."""
+    sample, halves and quarters."""
     n, F = features.shape
     order = torch.from_numpy(np.random.RandomState(0).permutation(n))
     parts = [k for k in (1, 2, 4) if n // k > 2 * F]
@@ -218,21 +215,26 @@ def open_reference(
     return Reference(stats, images, sha256(path))
 
 # %% ../nbs/13b_fidelity.ipynb #13-026b
-def _check_sizes(images, reference, net):
-    "Can these figures be computed here? Asked before hours of drawing."
-    for what, found in (("", images), ("the reference: ", reference.images)):
-        if found and not LEAST <= found.n <= MOST:
-            raise BadInput(f"{what}{found.n} images; expected {LEAST} to {MOST}")
+def check_sizes(
+    n: int,               # images
+    batch: int,           # looked at at once
+    reference: Reference, # what they will be compared with
+    net: Extractor,       # by what is said of them
+    name: str = "",       # begins what is said of n
+) -> None:
+    "Can these figures be computed here? Raises `BadInput` where they can't. Asked before hours of drawing."
+    m = reference.images.n if reference.images else 0
+    for what, found in ((name, n), ("the reference: ", m or LEAST)):
+        if not LEAST <= found <= MOST: raise BadInput(f"{what}{found} images; expected {LEAST} to {MOST}")
     if net.name == INCEPTION:                               # 12 MB of activations an image
-        check_memory(12e6 * min(images.batch, images.n), f"Inception, {images.batch} images at once,")
+        check_memory(12e6 * min(batch, n), f"Inception, {min(batch, n)} images at once,")
     have = net(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))["features"].shape[1]
     want = len(reference.stats["mu"]) if reference.stats else have
     if have != want:
         raise BadInput(f"reference statistics of {want} features; expected {have}, those of {net.name}")
-    m = reference.images.n if reference.images else 0
-    features = 20 * have * (images.n + m)                   # in float32, in float64, and a copy
-    distances = 16e3 * max(images.n, m) if m else 0         # of 2000 images to all others
-    check_memory(features + distances, f"features of {images.n + m} images")
+    features = 20 * have * (n + m)                          # in float32, in float64, and a copy
+    distances = 16e3 * max(n, m) if m else 0                # of 2000 images to all others
+    check_memory(features + distances, f"features of {n + m} images")
 
 
 def fidelity(
@@ -245,7 +247,7 @@ def fidelity(
            # scores,
            # warnings; None where something can't be told
     "Every figure, the same for any number of processes, on all of them. Raises `BadInput` on all of them."
-    _check_sizes(images, reference, net)
+    check_sizes(images.n, images.batch, reference, net)
     fake, real = extract(images, net, cache, title), None
     if reference.images: real = extract(reference.images, net, cache, title and f"{title}, reference")
     return on_first(_figures, fake, real, reference, net, share=True)
@@ -299,8 +301,7 @@ def measure_drawn(
     title: str | None = None,        # name of the progress bars
 ) -> dict:                           # as `fidelity`
     """Figures of n images with class-balanced labels, drawn by all ranks, none of them written. Raises
-    `BadInput` as
-    `fidelity`."""
+    `BadInput` as `fidelity`."""
     recipe = recipe and recipe | dict(kind="drawn", classes=classes)
     images = drawn_images(draw, balanced_labels(n, classes), batch, recipe)
     return fidelity(images, reference, net, cache, title)

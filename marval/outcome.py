@@ -49,8 +49,7 @@ def _draw_batch(cfg, sampler, labels, i, decode):
 
 class Plain:
     """The loop of [sampling](03_sampling.ipynb) as it is written there, behind the signature of
-    `FastSampler`: what the
-    prepared one is timed against."""
+    `FastSampler`: what the prepared one is timed against."""
     def __init__(self, cfg: Config, # K, guidance
                  model: MAR,        # any network
                  draw,              # its inner sampler
@@ -249,10 +248,9 @@ def _evaluate_photographs(road, figures):
 def evaluate(
     road, # `Digits` or `Photographs`
 ) -> None:
-    """Draw every model's images, measure them, print one table, write metrics.json and samples.png; of digits
-    report.html too, of photographs some pictures. Digits are rank 0's, photographs are drawn and measured
-    by all.
-    Raises `BadInput` where the figures can't be computed."""
+    """Draw every model's images, measure them, print one table, write metrics.json and samples.png; of
+    digits report.html too, of photographs some pictures. Digits are rank 0's, photographs are drawn and
+    measured by all. Raises `BadInput` where the figures can't be computed."""
     if isinstance(road, Digits): on_first(_evaluate_digits, road)
     else:
         figures = _figures(road)

@@ -240,6 +240,9 @@ def _check_files(cfg, stages, out):
         from marval.guards import about_watch, check_rl, watching
         check_rl(cfg)
     if cfg.data.name == "digits":
+        if "evaluate" in stages and not 100 <= cfg.evaluate.n <= 10**5:    # so many are enough, and fit
+            from marval.evaluate import check_evaluation
+            check_evaluation(cfg)
         if "rl" in stages and reward not in ("classifier", "clip"):
             raise BadInput(f"rl.reward={reward}: a reward on photographs; expected classifier or clip here")
         if "rl" in stages and cfg.rl.prompts:
@@ -273,6 +276,8 @@ def _check_files(cfg, stages, out):
         wanted = "expected ADM's statistics (.npz), or a folder of real images"
         _need("evaluate.reference", cfg.evaluate.reference, wanted, Path.exists)
         inception_file(cfg.evaluate.inception or None)
+        from marval.evaluate import check_evaluation
+        check_evaluation(cfg)
     from marval.stages import check_inputs
     check_inputs(cfg, stages, out)
 

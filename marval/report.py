@@ -122,8 +122,7 @@ _PRICE = {"rewards, nats or points": ("score", "watch"), "Fréchet distance": ("
 
 def _price(out):
     """PNG of what RL gains (the reward, and one that only watches) and what that costs, against iterations;
-    None where
-    it was not measured."""
+    None where it was not measured."""
     rows = [r for r in _log(out, "rl") if "score" in r]
     lines = {k: [(r["step"], r[k]) for r in rows if k in r] for keys in _PRICE.values() for k in keys}
     panels = [(label, [k for k in keys if lines[k]]) for label, keys in _PRICE.items()]

@@ -143,10 +143,11 @@ def test_figures(small, trained, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "extractor", lambda weights=None, device="cpu": whole(Small(), device=device))
     shutil.copytree(trained, out := tmp_path / "run")
     shutil.rmtree(out / "state" / "evaluate")
-    assert pipeline.guarded(settings(small, f"evaluate.reference={small / 'tree' / 'class 0'}", "evaluate.n=24", teacher=""), ("evaluate",), out)[0] == 2   # four images: too few
+    few = settings(small, f"evaluate.reference={small / 'tree' / 'class 0'}", "evaluate.n=24", teacher="")
+    status, why = pipeline.guarded(few, ("evaluate",), out)
+    assert status == 2 and "the reference: 4 images" in why and not (out / "state" / "evaluate").exists()       # said before anything is drawn
     (small / "reals").mkdir()
     for p in (small / "tree").rglob("*.png"): shutil.copy(p, small / "reals" / f"{p.parent.name} {p.name}")
-    shutil.rmtree(out / "state" / "evaluate")
     assert pipeline.guarded(settings(small, f"evaluate.reference={small / 'reals'}", "evaluate.n=24", teacher=""), ("evaluate",), out) == (0, "")
     metrics = json.loads((out / "metrics.json").read_text())
     assert all(metrics[m]["n"] == 24 and metrics[m]["fid"] > 0 and metrics[m]["warnings"] for m in MODELS)
