@@ -108,8 +108,9 @@ def parse_guards(
     for part in text.split(",") if text.strip() else ():
         guard = _guard(part.split())
         if guard is None or guard.metric in [g.metric for g in found]:
-            raise BadInput(f"rl.guard={given(text)}: {given(part.strip())} is no guard; expected metric and share, "
-                           f"each metric once, as in `diversity 0.1, fd 0.5` ({', '.join(METRICS['digits'])})")
+            raise BadInput(f"rl.guard={given(text)}: {given(part.strip())} is no guard; expected metric and "
+                           "share, each metric once, as in `diversity 0.1, fd 0.5` "
+                           f"({', '.join(METRICS['digits'])})")
         found.append(guard)
     return tuple(found)
 
