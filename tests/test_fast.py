@@ -72,6 +72,7 @@ def test_bf16(net, case):
     assert got.dtype == torch.float32 and 1e-4 < distance(got, want) < max(1.5 * rough, 0.01) < 0.2
 
 
+@pytest.mark.slow
 def test_base():
     "The real size: 64 buffer positions, 256 tokens, 12 + 12 blocks, through which rounding adds up to about 1e-6 in either path."
     net = random_mar(preset("base").model, 0.02)

@@ -65,6 +65,7 @@ def test_killed(reference, undisturbed, tmp_path):
     assert pipeline.run(override(preset("smoke"), TRIPS), ("rl",), out) == {"rl": "skipped"}
 
 
+@pytest.mark.slow
 def test_two_ranks(reference, undisturbed, tmp_path):
     "Two processes, each with half of the weights, aside and not, end where one ends: their sums are rounded differently, so one measurement earlier or later will do."
     out = prepared(reference, tmp_path / "run")

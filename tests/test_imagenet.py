@@ -58,6 +58,7 @@ def settings(folder, *more, classes=5, teacher="teacher.pth"):
     return override(preset("tiny"), [f"model.class_num={classes}", "teacher.batch=16", *(f"{k.replace('_', '.', 1).replace('__', '_')}={folder / v}" for k, v in files.items()), *more])
 
 
+@pytest.mark.slow
 def test_thousand_real_images(tmp_path):
     "From 1000 photographs of ImageNet to pictures named after their prompts, by the command a researcher types; and nothing is done twice."
     if not (SAMPLE / "train.zip").exists(): pytest.skip(f"no {SAMPLE / 'train.zip'}: the 1000 photographs are not part of this repository")
@@ -154,6 +155,7 @@ def test_figures(small, trained, tmp_path, monkeypatch):
     assert metrics["teacher"]["fid"] != metrics["student"]["fid"]
 
 
+@pytest.mark.slow
 def test_two_ranks(small, trained, tmp_path):
     "Two processes share the cache, the teacher, distillation and RL: the cache is the same file by file, the weights up to rounding."
     from test_parallel import start
@@ -181,6 +183,7 @@ pipeline.run(cfg, pipeline.select("all", cfg), Path(sys.argv[2]))
         assert off < 1e-3
 
 
+@pytest.mark.slow
 def test_killed_anywhere(small, trained, tmp_path):
     "The job is killed once in each stage, the command repeated: the same bits as the run that nobody disturbed."
     from conftest import wait_for

@@ -58,7 +58,7 @@ def test_killed_at_five_random_moments(reference, tmp_path):
     assert digests(out) == digests(reference[0]) and figures(out) == figures(reference[0])
 
 
-@pytest.mark.parametrize("group, tasks", [(True, 1), (False, 1), (True, 2)], ids=["Ctrl-C", "SIGINT to the launcher", "Ctrl-C, two processes"])
+@pytest.mark.parametrize("group, tasks", [(True, 1), (False, 1), pytest.param(True, 2, marks=pytest.mark.slow)], ids=["Ctrl-C", "SIGINT to the launcher", "Ctrl-C, two processes"])
 def test_interrupted(group, tasks, tmp_path):
     "The step is finished and saved, the command to go on with is shown, nothing runs on; and it does go on."
     out = tmp_path / "run"

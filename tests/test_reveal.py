@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 
+import pytest
 import torch
 from conftest import ROOT, environment
 
@@ -43,6 +44,7 @@ def test_stages():
     assert torch.allclose(fast, plain, atol=1e-5) and not torch.allclose(fast, other, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_study(tmp_path):
     cfg, run = preset("smoke"), tmp_path / "run"
     net = awake(cfg)
