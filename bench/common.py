@@ -151,6 +151,14 @@ def bring(source: Path, folder: Path, *products: str) -> None:
         os.replace(temp, folder/name)
 
 
+def stages(config: Config, names: tuple[str, ...], folder: Path) -> None:
+    "Stages of a run, as `pipeline.run` does them. `KeyboardInterrupt` where a signal ended one."
+    from marval.pipeline import run
+    from marval.train import Interrupted
+    try: run(config, names, folder)
+    except Interrupted as e: raise KeyboardInterrupt from e
+
+
 # ---- who measured what
 
 def commit() -> str:

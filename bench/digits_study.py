@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from common import (RESULTS, BadInput, adapted, bring, commit, entry_point, facts, keep, out_file, out_folder,
-                    parser, read_json, stored, whole)
+                    parser, read_json, stages, stored, whole)
 from safetensors.torch import load_file, save_file
 
 from marval.config import preset
@@ -31,7 +31,6 @@ from marval.files import atomic_write
 from marval.journal import read_log
 from marval.mar import load_weights
 from marval.outcome import Plain, draw_images
-from marval.pipeline import run
 from marval.rewards import load_judges, make_reward
 from marval.sampling import OneStep, TeacherChain
 
@@ -62,11 +61,11 @@ class Study:
         "The digits preset with some changes, and with the study's settings."
         return adapted(adapted(preset("digits", self.seed), {}, self.settings), extra)
 
-    def train(self, name: str, stages: tuple, inputs: dict, extra: dict = {}) -> Path:
+    def train(self, name: str, names: tuple, inputs: dict, extra: dict = {}) -> Path:
         "A run folder with these stages done, starting from products of other folders. Returns the folder."
         here = out_folder(self.out/name)
         for product, source in inputs.items(): bring(source, here, product)
-        run(self.config(extra), stages, here)
+        stages(self.config(extra), names, here)
         return here
 
     def note(self, key: str, weights: Path, draw, cfg: float = 1.0):

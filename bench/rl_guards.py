@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from common import (RESULTS, BadInput, adapted, bring, entry_point, facts, folder, keep, out_file,
-                    out_folder, parser, stored, whole)
+                    out_folder, parser, stages, stored, whole)
 
 from marval.config import preset
 from marval.data import load_digits_data
@@ -28,7 +28,6 @@ from marval.guards import best_of_kl, best_of_n, expected_best, samples_for
 from marval.journal import read_log
 from marval.mar import load_weights
 from marval.outcome import draw_images
-from marval.pipeline import run
 from marval.rewards import load_judges, make_reward
 from marval.sampling import OneStep
 
@@ -43,7 +42,7 @@ def train(name: str, cfg, source: Path, out: Path) -> tuple[Path, dict]:
     here = out/name.replace(" ", "-").replace(",", "").replace("(", "").replace(")", "")
     bring(source, here, "student.safetensors", "judges")
     own = COMMON | RUNS[name]
-    run(adapted(cfg, own), ("rl",), here)
+    stages(adapted(cfg, own), ("rl",), here)
     rows = [r for r in read_log(here/"state"/"rl") if "score" in r]
     curves = [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
     stopped = read_json(here/"state"/"rl"/"done.json").get("stopped", "")

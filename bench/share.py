@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from common import (RESULTS, ROOT, adapted, bring, commit, entry_point, facts, folder, keep, out_file,
-                    out_folder, parser, stored, whole)
+                    out_folder, parser, stages, stored, whole)
 
 from marval.config import preset
 from marval.data import load_digits_data
@@ -20,7 +20,6 @@ from marval.evaluate import measure
 from marval.journal import read_log
 from marval.mar import load_weights
 from marval.outcome import draw_images
-from marval.pipeline import run
 from marval.rewards import load_judges
 from marval.sampling import OneStep
 
@@ -33,7 +32,7 @@ def student(seed: int, share: str, teacher: Path, out: Path, settings: list[str]
     here, real = out/f"{share}-{seed}", load_digits_data()
     bring(teacher, here, "judges", "teacher.safetensors")
     start = time.process_time()
-    run(cfg, ("distill",), here)
+    stages(cfg, ("distill",), here)
     spent = time.process_time() - start
     labels = torch.arange(cfg.evaluate.n) % cfg.model.class_num
     one = OneStep(Schedule.cosine(), cfg.sampling.entry_abar)
