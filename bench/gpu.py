@@ -105,7 +105,7 @@ def graph(run):
     if has("pytest"):
         import pytest
         outcomes = Outcomes()
-        command = ["-q", "-k", "graph", "-p", "no:cacheprovider", str(ROOT/"tests"/"test_fast.py")]
+        command = ["-q", "-m", "", "-k", "graph", "-p", "no:cacheprovider", str(ROOT/"tests"/"test_fast.py")]
         status = int(pytest.main(command, plugins=[outcomes]))
         passed = status == 0 and "passed" in outcomes.found.values()
         return about | dict(by="pytest", status=status, tests=outcomes.found, passed=passed)

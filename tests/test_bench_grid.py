@@ -100,6 +100,7 @@ def test_rl(grid, smoke, tmp_path, monkeypatch):
     assert set(r["rl_figures"]) == set(r["figures"]) == set(r["rl_within_noise_of_teacher"])
 
 
+@pytest.mark.slow
 def test_processes(tmp_path):
     "Two processes share a study; killed and started again, they measure what is left."
     argv = [sys.executable, str(ROOT/"bench"/"grid.py"), "--study", "weight", "--scale", "smoke"]
