@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zipfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -485,16 +486,17 @@ def test_digits_of_nan(digit_judges):
 def test_least_images(digit_judges):
     "The least number that is accepted gives finite figures; one less is refused before anything is drawn."
     from marval.border import BadInput
-    from marval.config import override, preset
+    from marval.config import preset
     from marval.data import load_digits_data
     from marval.evaluate import check_evaluation, least_images, measure
     n, (images, labels) = least_images(10), load_digits_data()
     pick = torch.tensor([(labels == i % 10).nonzero()[i // 10, 0] for i in range(n)])
     assert all(math.isfinite(v) for v in measure(images[pick], labels[pick], digit_judges, images, labels).values())
-    check_evaluation(override(preset("smoke"), [f"evaluate.n={n}"]))
-    check_evaluation(override(preset("base"), ["evaluate.n=11"]))                # nothing is measured without a reference
-    for wrong in ((f"evaluate.n={n - 1}",), ("evaluate.n=10000000",)):
-        with pytest.raises(BadInput, match="evaluate.n"): check_evaluation(override(preset("smoke"), wrong))
+    asked = lambda scale, n: replace(preset(scale), evaluate=replace(preset(scale).evaluate, n=n))
+    check_evaluation(asked("smoke", n))
+    check_evaluation(asked("base", 1))                                           # nothing is measured without a reference
+    for wrong in (1, n - 1, 10**7):
+        with pytest.raises(BadInput, match="evaluate.n"): check_evaluation(asked("smoke", wrong))
 
 
 METRICS = dict(device="CPU", torch="2", commit="01", seed=0, scale="digits", K=8, cfg=1.2, chain_steps=100, n=20, seconds=dict(rl=1.0), speedup={"1": 2.0, "64": 2.0},
