@@ -23,7 +23,7 @@ from marval.train import Resident, _permutation, step_generator
 GPU = torch.device("cuda", 0)
 
 
-class Elsewhere:
+class Elsewhere(torch.Generator):
     "Stands for a generator on the GPU: nobody draws from it."
     device = GPU
 
