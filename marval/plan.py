@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .config import Config, ModelConfig, reward_terms
 from .cost import flop_counter
-from .distill import known_counts
+from .distillation import known_counts
 from .mar import MAR
 from .parallel import autocast
 from .sampling import reveal_counts
