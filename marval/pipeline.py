@@ -403,10 +403,12 @@ def run(
 def _run_stage(cfg, stage, out, device, found):
     "One stage, from its settings to the checksums of its products."
     from marval.checkpoint import keep_last
+    from marval.meeting import announce
     from marval.outcome import BODIES, SHARED
     from marval.parallel import on_first
     from marval.stages import road
     start, folder = time.monotonic(), out/"state"/stage
+    announce(f"stage {stage}")
     if found == "to do": on_first(_clear, cfg, stage, out)
     on_first(lambda: write_json(ensure_folder(folder)/"settings.json", settings(cfg, stage, out)))
     body = lambda: BODIES[stage](road(cfg, out, device))
