@@ -256,7 +256,7 @@ class _Watch:
         self.watched = [r for r in peers if r != here.rank and 0 in (r, here.rank)]
         self.heard = dict.fromkeys(self.watched, (b"0", 0))  # rank -> its last beat, turns since then
         self.turn = self.stuck = 0
-        self.served = True                                   # is the store still there?
+        self.served, self.lost = True, set()                 # is the store still there? ranks that are not
         self.over, self.line, self.found = threading.Event(), "", threading.Lock()
         for f in (self._beat, self._guard): threading.Thread(target=f, daemon=True).start()
 
@@ -288,10 +288,12 @@ class _Watch:
 
     def _died(self, rank):
         self.served &= rank != 0
+        self.lost.add(rank)
         self._end(self._about(rank, "died"), _GRACE)
 
     def _stands_still(self, rank):
         self.served &= rank != 0
+        self.lost.add(rank)
         said = self._about(rank, f"stood still for {self.patience:.0f} s (MARVAL_LOST_TIMEOUT)")
         self._end(said, _GRACE, kill=self.near.get(rank))
 
@@ -347,9 +349,9 @@ class _Watch:
     def _wait_for_all(self, name, seconds):
         "Until all ranks have come to this point, but not longer."
         if not self.served: return
-        end = time.monotonic() + seconds
+        end, most = time.monotonic() + seconds, self.here.world - len(self.lost)
         _within(2, self.store.add, name, 1)
-        while time.monotonic() < end and self.store.add(name, 0) < self.here.world: time.sleep(0.02)
+        while time.monotonic() < end and self.store.add(name, 0) < most: time.sleep(0.02)
 
 # %% ../nbs/00_meeting.ipynb #meet-022
 _met = count()  # meetings of this process
