@@ -132,12 +132,13 @@ def check_disk(
     stages: tuple[str, ...], # to be run
     out: Path,               # run folder, which may not be there yet
 ) -> None:
-    "Is there room for what a run writes? Raises `BadInput` with the estimate."
+    "Is there room for what a run has still to write? Raises `BadInput` with the estimate."
     P, e, digits = parameters(cfg.model), cfg.evaluate, cfg.data.name == "digits"
     need = sum(2 * _BYTES_A_WEIGHT[s] * P + 4 * P for s in stages if s in _BYTES_A_WEIGHT)
     if "evaluate" in stages and digits: need += 4 * e.n * 4 * cfg.model.img_size**2
     if "evaluate" in stages and not digits:
         need += 4 * (e.pictures * cfg.model.img_size**2 + (e.n * 8192 if e.reference else 0))
+    need -= sum(p.stat().st_size for s in stages for p in (out/"state"/s).rglob("*") if p.is_file())  # resumed
     there = next(p for p in (out.absolute(), *out.absolute().parents) if p.is_dir())
     free = shutil.disk_usage(there).free
     if need > free:

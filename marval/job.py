@@ -18,6 +18,7 @@ from pathlib import Path
 from . import pipeline
 from .border import BadInput, one_line
 from .config import Config
+from .files import ensure_folder
 from .launch import meeting_point, port_is_free
 
 # %% ../nbs/16c_job.ipynb #16-026
@@ -89,7 +90,7 @@ class Job:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"): os.environ.pop(name, None)
         starts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
         os.environ.update(meeting_point(job, starts, self.port))
-        return self._work(job) if self.launcher is not None else self._on_slurm(job)
+        return self._on_slurm(job) if self.launcher is None else self._told(*self._work(job))
 
     def _on_slurm(self, job):
         "As `_work`; a status that is not 0 ends the process with it."
@@ -101,6 +102,14 @@ class Job:
         if status == 130: leave.linger()
         if status and job.global_rank: time.sleep(3)    # rank 0 says why before the others take it along
         if status: raise SystemExit(status)             # `afterok` must not start the next stage
+        return status, line
+
+    def _told(self, status, line):
+        "Where the disk has no room for the result that submitit would write, say it in the log, and end."
+        try: ensure_folder(os.environ["SUBMITIT_FOLDER"])
+        except BadInput:
+            if line: print(line, file=sys.stderr, flush=True)
+            os._exit(status or 2)
         return status, line
 
     def _meet(self, job, leave):

@@ -40,7 +40,7 @@ from marval.config import SCALES, BadInput, override, preset
 from marval.files import ensure_folder
 
 GRACE = 60      # seconds that a local job has to finish its step and save, before it is killed
-ALONE = 15      # seconds that other processes have to end once one has failed
+ALONE = 10      # seconds that other processes have to end once one has failed
 FILES = dict(data="data.path", vae="data.vae", names="data.names", teacher="teacher.checkpoint",
              reward="rl.reward_weights")
 NAMES = ("partition", "account", "qos", "constraint")
@@ -289,9 +289,8 @@ def local(cfg, stages, out, r, again: str) -> int:
         print(f"log: {first.stdout} and .err", flush=True)
         tails = [Tail(first.stdout, raw(sys.stdout)), Tail(first.stderr, raw(sys.stderr))]
         follow(job, stop, tails)
-        status, line = outcome(job, stop)
+        status, line = outcome(job, stop, out)
         if tails[1].last != b"\n": print(file=sys.stderr, flush=True)  # a progress bar was cut short
-    if status != 130 and None in results(job): ensure_folder(out)  # is the disk too full for a result?
     if status == 130: line = f"{line}: {again}"
     if line: print(line, file=sys.stderr, flush=True)
     return status
@@ -316,15 +315,19 @@ def follow(job, stop, tails):
 
 def results(job):
     "Exit status and line of each process; None where it has left none."
+    from submitit.core.utils import pickle_load         # submitit's own results wait for all processes
     found = []
-    for task in (job.task(i) for i in range(job.num_tasks)):
-        if not task.paths.result_pickle.exists(): found.append(None)
-        elif task.exception(): found.append((1, f"error: the job failed; its log: {task.paths.stderr}"))
-        else: found.append(task.result())
+    for paths in (job.task(i).paths for i in range(job.num_tasks)):
+        if not paths.result_pickle.exists():
+            found.append(None)
+            continue
+        ended, result = pickle_load(paths.result_pickle)
+        failed = (1, f"error: the job failed; its log: {paths.stderr}")
+        found.append(result if ended == "success" else failed)
     return found
 
 
-def outcome(job, stop):
+def outcome(job, stop, out):
     "Exit status and line of the whole job: what the process says that failed first, if that can be told."
     found = results(job)
     if stop.count and None in found: return 130, "interrupted at once; run the same command again to go on"
@@ -334,11 +337,19 @@ def outcome(job, stop):
         if status != jobs.LOST: return status, line if i == 0 else line.replace(":", f": rank {i}:", 1)
     for _, line in ended.values(): return 1, line
     if None not in found: return 0, ""
-    paths = job.task(found.index(None)).paths
-    said = [line for line in book.last_lines(paths.stderr, 5).splitlines() if line.startswith("error: ")]
-    if said: return 1, said[-1] if found[0] is not None else ""  # that of the first was shown
+    return unsaid(job, found, out)
+
+
+def unsaid(job, found, out):
+    "As `outcome`, where a process has left no result: it was killed, or the disk is full."
+    status, paths = 1, job.task(found.index(None)).paths
     log = next((p for p in (paths.stderr, paths.stdout) if p.exists()), paths.folder)
-    return 1, f"error: the job failed; its log: {log}"
+    line = f"error: the job failed; its log: {log}"
+    try: ensure_folder(out)
+    except BadInput as e: status, line = 2, f"error: {e}"
+    said = [text for text in book.last_lines(paths.stderr, 5).splitlines() if text.startswith("error: ")]
+    if said: line = said[-1] if found[0] is not None else ""  # that of the first process was shown
+    return status, line
 
 
 # ---- on Slurm

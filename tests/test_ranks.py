@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Launched, environment, wait_for
+from conftest import LAUNCH, Launched, environment, wait_for
 
 LATEST = 120 # seconds until every rank of a case must have ended, on a machine that is busy
 
@@ -316,6 +316,68 @@ def test_bad_environment(case, start):
     rank = start("talk", **places(2, MARVAL_MEET_TIMEOUT=2)[0] | env)
     assert end([rank]) == [2], rank.said()
     assert clue in rank.said() and rank.said().count("\n") == 1 and rank.said().startswith("error: ")
+
+
+# ---- the whole command
+
+TWO = ("--scale", "smoke", "--stage", "teacher", "--cluster", "local", "--tasks-per-node", "2", "--out", "run",
+       "--set", "teacher.iterations=1000000", "log.sample_every=1000000")
+
+
+def process_of(run, rank):
+    "The id of a rank of a run that was launched."
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            mine = os.getsid(int(folder.name)) == run.process.pid and b"core._submit" in (folder / "cmdline").read_bytes()
+            if mine and f"SUBMITIT_LOCAL_GLOBALID={rank}\0".encode() in (folder / "environ").read_bytes():
+                return int(folder.name)
+        except OSError: pass
+
+
+@pytest.mark.parametrize("rank, number, what", [
+    (1, signal.SIGKILL, "died"),
+    pytest.param(0, signal.SIGKILL, "died", marks=pytest.mark.slow),
+    pytest.param(1, signal.SIGSTOP, r"stood still for 5 s \(MARVAL_LOST_TIMEOUT\)", marks=pytest.mark.slow),
+])
+def test_launched(rank, number, what, tmp_path):
+    "A run of two processes, one of which is killed or stopped in the middle: one line, and nothing is left."
+    run = Launched(*TWO, cwd=tmp_path, env=dict(MARVAL_LOST_TIMEOUT="5" if number == signal.SIGSTOP else "60"))
+    log = tmp_path / "run" / "state" / "teacher" / "log.jsonl"
+    assert wait_for(lambda: log.exists() and log.stat().st_size, run.process)
+    os.kill(process_of(run, rank), number)
+    status, _, err = run.end(LATEST)
+    line = rf"error: rank {rank} of 2 \(process \d+\) {what} in stage teacher; run the same command again to go on"
+    assert status == 1 and re.fullmatch(line, err.splitlines()[-1]), err
+    assert err.count("error: ") == 1 and "Traceback" not in err and "[c10d]" not in err and run.gone()
+
+
+def test_launched_at_a_taken_port(tmp_path):
+    "Somebody else was faster at the port that the launcher has chosen: the launch ends at once."
+    script = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("launch", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+module.launch.free_port = lambda: int(sys.argv[2])
+sys.exit(module.main(sys.argv[3:]))
+"""
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        command = [sys.executable, "-c", script, str(LAUNCH), str(s.getsockname()[1]), *TWO]
+        done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=LATEST)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert re.fullmatch(r"error: rank 0 can't listen at 127\.0\.0\.1:\d+ \(Address already in use\); .*\n", done.stderr)
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path):
+    "torchrun serves the store where ranks meet; the others then do not."
+    script = tmp_path / "script.py"
+    script.write_text("from marval.parallel import anyone, group, rank, world\n"
+                      "with group(): print(f'rank {rank()} of {world()}: {anyone(rank() == 1)}', flush=True)\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}", script]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=2 * LATEST)
+    assert done.returncode == 0, done.stderr
+    assert {"rank 0 of 2: True", "rank 1 of 2: True"} <= set(done.stdout.splitlines())
 
 
 if __name__ == "__main__":
