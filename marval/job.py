@@ -64,7 +64,7 @@ class Leave:
             time.sleep(0.2)
 
 # %% ../nbs/16c_job.ipynb #16-028
-LOST = 75  # exit status of a process that ends because another one is gone
+LOST = os.EX_TEMPFAIL  # exit status of a process that ends because another one is gone
 
 
 class Job:
@@ -123,11 +123,10 @@ class Job:
 
     def _work(self, job):
         "Exit status and a line for the user, whatever happens."
-        from marval.meeting import LostRank
         try:
             if self.gpus: self._need_gpu()
             return pipeline.guarded(self.cfg, self.stages, self.out, launcher=self.launcher)
-        except LostRank as e: return LOST, f"error: {one_line(e)}; run the same command again to go on"
+
         except BadInput as e: return 2, f"error: {one_line(e)}"
         except Exception as e:
             path = Path(os.environ["SUBMITIT_FOLDER"])/f"{job.job_id}_{job.global_rank}_traceback.txt"

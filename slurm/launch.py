@@ -11,6 +11,8 @@
   python slurm/launch.py --scale digits --stage distill
                                                       one stage, from what the run folder holds
   python slurm/launch.py --scale digits --set sampling.cfg=2 rl.anchor=0 --out runs/cfg2
+  python slurm/launch.py --scale digits --redo rl --set rl.lr=5e-5
+                                                      start a stage over, with other settings
 
   python slurm/launch.py status RUN                   how far each stage is, and what Slurm says of its job
   python slurm/launch.py logs RUN [--stage S] [--lines N] [--follow]
@@ -63,6 +65,8 @@ def arguments(argv):
     add("--out", metavar="DIR", help="run folder (default: runs/SCALE); on Slurm, where all nodes see it")
     add("--seed", type=int, default=0, metavar="N", help="seed of everything random (default: 0)")
     add("--dry-run", action="store_true", help="print the plan and stop")
+    add("--redo", metavar="STAGE", help="remove what this stage, and those that depend on it, have made in "
+        "the run folder; then start")
     add("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
         help="other values for single fields, as in distill.lr=1e-4")
     add("--debug", action="store_true", help="show the traceback of an unexpected error")
@@ -260,8 +264,13 @@ def submit_here(cfg, stages, out, r):
 @contextlib.contextmanager
 def noting(out):
     "A start needs no old book: one that can't be read is set aside. A refused one leaves it as it was."
-    if wrong := book.repair(out): print(f"warning: {wrong}", file=sys.stderr, flush=True)
+    repair(out)
     with book.undone(out): yield
+
+
+def repair(out):
+    "Set a book aside that can't be read, and say so."
+    if wrong := book.repair(out): print(f"warning: {wrong}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -282,15 +291,14 @@ def entry(job, cluster, stages, folder):
 
 def local(cfg, stages, out, r, again: str) -> int:
     "Run everything in one job on this machine, and show what its first process prints."
-    with book.launching(out):
-        stop = Stop()
-        job = submit_here(cfg, stages, out, r)
-        first = job.task(0).paths
-        print(f"log: {first.stdout} and .err", flush=True)
-        tails = [Tail(first.stdout, raw(sys.stdout)), Tail(first.stderr, raw(sys.stderr))]
-        follow(job, stop, tails)
-        status, line = outcome(job, stop, out)
-        if tails[1].last != b"\n": print(file=sys.stderr, flush=True)  # a progress bar was cut short
+    stop = Stop()
+    job = submit_here(cfg, stages, out, r)
+    first = job.task(0).paths
+    print(f"log: {first.stdout} and .err", flush=True)
+    tails = [Tail(first.stdout, raw(sys.stdout)), Tail(first.stderr, raw(sys.stderr))]
+    follow(job, stop, tails)
+    status, line = outcome(job, stop, out)
+    if tails[1].last != b"\n": print(file=sys.stderr, flush=True)  # a progress bar was cut short
     if status == 130: line = f"{line}: {again}"
     if line: print(line, file=sys.stderr, flush=True)
     return status
@@ -367,9 +375,8 @@ def slurm(cfg, stages, out, r) -> int:
     "Submit one job per unfinished stage, each to start when the one before has succeeded."
     launch.forget_environment(r)
     submitted = []
-    with book.launching(out), contextlib.closing(pipeline.lock(out)), noting(out):
-        refuse_queued(out)
-        todo = [s for s in stages if pipeline.state(cfg, s, out) != "done"]
+    with contextlib.closing(pipeline.lock(out)), noting(out):
+        todo = unfinished(cfg, stages, out)
         try:
             with new_folder(out) as folder:
                 for stage in todo:
@@ -402,19 +409,21 @@ def submit(cfg, stage, out, r, folder, before):
 
 # ---- nowhere
 
-def dry_run(cfg, stages, out, r, cluster) -> int:
+def dry_run(cfg, stages, out, r, cluster, redone=()) -> int:
     "Print the plan, and what sbatch would be given."
     from marval.report import show
-    refusals = []
-    for check in (lambda: check_room(cfg, stages, out, r, cluster), lambda: pipeline.check(cfg, stages, out)):
+    plan, refusals = pipeline.plan(cfg, stages, out, redone), []
+    for check in (lambda: check_room(cfg, stages, out, r, cluster, redone),
+                  lambda: pipeline.check(cfg, stages, out, redone)):
         try: check()
         except BadInput as e: refusals.append(str(e))
-    print(show(pipeline.plan(cfg, stages, out)))
+    if redone: print(f"what these stages have made in {out} would be removed: {', '.join(redone)}\n")
+    print(show(plan))
     if r.gpus: show_forecast(cfg, stages, r)
     gpus = f"{r.gpus} ({r.nodes} x {r.gpus_per_node})" if r.gpus else "none"
     print(f"\nfolder  {out}\ndata    {cfg.data.path or cfg.data.name}\nGPUs    {gpus}\ncluster {cluster}")
     for line in refusals: print(f"refused as it stands: {line}")
-    if cluster == "slurm" or r.gpus: show_scripts(cfg, stages, out, r)
+    if cluster == "slurm" or r.gpus: show_scripts(cfg, unfinished(cfg, stages, out, redone), out, r)
     return 0
 
 
@@ -431,7 +440,7 @@ def show_forecast(cfg, stages, r):
 def show_scripts(cfg, stages, out, r):
     "What sbatch would be given."
     before, folder = "", book.jobs_folder(out).absolute() / "LAUNCH"
-    for stage in (s for s in stages if pipeline.state(cfg, s, out) != "done"):
+    for stage in stages:
         after = [f"JOB_OF_{before.upper()}"] if before else []
         text = launch.script(launch.sbatch_parameters(cfg, stage, r, after), folder).rstrip()
         print(f"\n# ---- {stage}" + (f", after {before}" if before else "") + f"\n{text}")
@@ -480,10 +489,15 @@ def show_logs(out, args):
 
 # ---- now
 
-def check_room(cfg, stages, out, r, cluster):
+def unfinished(cfg, stages, out, redone=()):
+    "Stages that are still to be done."
+    return tuple(s for s in stages if s in redone or pipeline.state(cfg, s, out) != "done")
+
+
+def check_room(cfg, stages, out, r, cluster, redone):
     "Memory, and disk for what is still to be done."
     launch.check_room(cfg, stages, r, cluster)
-    check_disk(cfg, tuple(s for s in stages if pipeline.state(cfg, s, out) != "done"), out)
+    check_disk(cfg, unfinished(cfg, stages, out, redone), out)
 
 
 def start(argv) -> int:
@@ -495,19 +509,39 @@ def start(argv) -> int:
     r = launch.resources(args.scale, {k: getattr(args, k) for k in ASKED})
     cluster = pick_cluster(args.cluster, args.dry_run)
     launch.check_batches(cfg, stages, r)
-    if args.dry_run: return dry_run(cfg, stages, out, r, cluster)
+    redone = pipeline.dependants(args.redo, cfg) if args.redo is not None else ()
+    if args.dry_run: return dry_run(cfg, stages, out, r, cluster, redone)
     if cluster == "slurm" or not r.gpus: launch.check_room(cfg, stages, r, cluster)
-    if set(pipeline.check(cfg, stages, out).values()) == {"done"}:
+    if set(pipeline.check(cfg, stages, out, redone).values()) == {"done"} and not redone:
         print(f"{', '.join(stages)}: finished before; nothing to do in {out}")
         return 0
     if cluster == "local":
         r = fit_here(r, args.scale)
         launch.check_batches(cfg, stages, r)
-    check_room(cfg, stages, out, r, cluster)
+    check_room(cfg, stages, out, r, cluster, redone)
+    with alone(out, cluster):
+        if redone and (gone := pipeline.redo(args.redo, cfg, out)):
+            print(f"removed from {out}: {', '.join(gone)}", flush=True)
+        if cluster == "slurm": return slurm(cfg, stages, out, r)
+        return local(cfg, stages, out, r, shlex.join(["python", sys.argv[0], *without_redo(argv)]))
+
+
+@contextlib.contextmanager
+def alone(out, cluster):
+    "Be the only launcher of a run. Raises `BadInput` where a process works in its folder, or jobs wait."
     ensure_folder(out)
-    pipeline.lock(out).close()                          # in use? say so before a job is started
-    if cluster == "slurm": return slurm(cfg, stages, out, r)
-    return local(cfg, stages, out, r, shlex.join(["python", sys.argv[0], *argv]))
+    pipeline.lock(out).close()                          # in use? say so before anything is changed
+    with book.launching(out):
+        if cluster == "slurm":
+            with contextlib.closing(pipeline.lock(out)): repair(out)
+            refuse_queued(out)
+        yield
+
+
+def without_redo(argv):
+    "The same command, to go on with."
+    return [a for before, a in zip(["", *argv], argv)
+            if before != "--redo" and a != "--redo" and not a.startswith("--redo=")]
 
 
 @entry_point
