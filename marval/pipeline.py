@@ -408,10 +408,12 @@ def run(
 def _run_stage(cfg, stage, out, device, found):
     "One stage, from its settings to the checksums of its products."
     from marval.checkpoint import keep_last
+    from marval.meeting import announce
     from marval.outcome import BODIES, SHARED
     from marval.parallel import on_first
     from marval.stages import road
     start, folder = time.monotonic(), out/"state"/stage
+    announce(f"stage {stage}")
     if found == "to do": on_first(_clear, cfg, stage, out)
     on_first(lambda: write_json(ensure_folder(folder)/"settings.json", settings(cfg, stage, out)))
     body = lambda: BODIES[stage](road(cfg, out, device))
@@ -487,10 +489,11 @@ def guarded(
     out: Path,               # run folder
     device=None,             # as for `run`
     launcher=None,           # id of the process that must stay alive, two generations up; None = nobody
-) -> tuple[int, str]:        # exit status (0 done, 1 failed, 2 bad input, 130 interrupted); a line to show
+) -> tuple[int, str]:        # exit status (0 done, 1 failed, 2 bad input, 75 alone, 130 stopped); a line
     """`run`, for a process of its own. Raises nothing; the traceback of what was not foreseen goes to
     `state/`."""
     if launcher: threading.Thread(target=_die_with, args=(launcher,), daemon=True).start()
+    from marval.meeting import LostRank
     from marval.train import Diverged, Interrupted
     try:
         with _stoppable(): run(cfg, stages, out, device)
@@ -498,6 +501,8 @@ def guarded(
     except BadInput as e: return 2, f"error: {one_line(e)}"
     except Interrupted as e: return 130, f"interrupted: {e}"
     except Diverged as e: return 1, f"error: {one_line(e)}"
+    except LostRank as e:
+        return os.EX_TEMPFAIL, f"error: {one_line(e)}; run the same command again to go on"
     except OSError as e:
         why = one_line(f"{e.strerror or e}: {e.filename or out}")
         return 2, f"error: {why}; expected files that can be read, and a writable folder with free space"

@@ -48,10 +48,10 @@ BAD = {
     "a cache of digits": (["--scale", "smoke", "--stage", "cache"], "'cache'"),
     "data of digits": (["--scale", "digits", "--data", "."], "--data: scale digits brings all it needs"),
     "a teacher of digits": (["--scale", "smoke", "--teacher", "file"], "--teacher"),
-    "no nodes": (["--scale", "huge", "--nodes", "0"], "--nodes 0"),
+    "no nodes": (["--scale", "huge", "--nodes", "0"], "--nodes=0: expected a whole number in [1, 1024]"),
     "nodes of the wrong type": (["--scale", "huge", "--nodes", "two"], "'two'"),
-    "17 GPUs": (["--scale", "huge", "--gpus-per-node", "17"], "expected 0 to 16"),
-    "-1 GPUs": (["--scale", "huge", "--gpus-per-node", "-1"], "expected 0 to 16"),
+    "17 GPUs": (["--scale", "huge", "--gpus-per-node", "17"], "expected a whole number in [0, 16]"),
+    "-1 GPUs": (["--scale", "huge", "--gpus-per-node", "-1"], "expected a whole number in [0, 16]"),
     "GPUs for digits": (["--scale", "digits", "--gpus-per-node", "1"], "runs on the CPU"),
     "two processes on four GPUs": (["--scale", "huge", "--gpus-per-node", "4", "--tasks-per-node", "2"], "one process for each GPU"),
     "no time": (["--scale", "huge", "--time", "0"], "--time 0"),
@@ -194,17 +194,36 @@ def test_no_file_may_grow(taught, tmp_path):
     assert Launched(*argv).end()[0] == 0 and digests(out, ["teacher.safetensors"]) == digests(taught, ["teacher.safetensors"])
 
 
-def test_disk_full(tmp_path):
-    "A real full disk: a memory file system of 600 kB."
+@pytest.fixture
+def small_disk(tmp_path):
+    "A function that mounts a memory file system; the options say how small."
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "none", str(disk)], capture_output=True).returncode: pytest.skip("mounting a small disk takes root")
-    try:
-        status, _, err = Launched("--scale", "smoke", "--stage", "teacher", "--cluster", "local", "--out", disk / "run").end()
-        lines = [line for line in err.splitlines() if line.startswith("error: ")]
-        assert status == 2 and len(lines) == 1 and "No space left on device" in lines[0] and "Traceback" not in err
-        whole(disk / "run")
-    finally: subprocess.run(["umount", str(disk)], check=True)
+    def mount(options):
+        command = ["mount", "-t", "tmpfs", "-o", options, "none", str(disk)]
+        if subprocess.run(command, capture_output=True).returncode: pytest.skip("mounting a small disk takes root")
+        return disk
+    yield mount
+    subprocess.run(["umount", str(disk)], capture_output=True)
+
+
+def test_disk_full(small_disk):
+    "A disk that is full after so many files, in the middle of a run."
+    disk = small_disk("size=50m,nr_inodes=18")
+    argv = ("--scale", "smoke", "--stage", "teacher", "--cluster", "local", "--out", disk / "run")
+    status, _, err = Launched(*argv).end()
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert status == 2 and len(lines) == 1 and "No space left on device" in lines[0] and "Traceback" not in err, err
+    whole(disk / "run")
+
+
+def test_disk_too_small(small_disk):
+    "One of 600 kB is refused before anything is written."
+    disk = small_disk("size=600k")
+    argv = ("--scale", "smoke", "--stage", "teacher", "--cluster", "local", "--out", disk / "run")
+    status, out, err = Launched(*argv).end()
+    assert status == 2 and out == "" and "the run would write about 2" in err and "614 kB are free there" in err, err
+    assert err.count("\n") == 1 and list(disk.iterdir()) == []
 
 
 @pytest.mark.parametrize("scale, size", [("smoke", "0.047 M"), ("digits", "0.550 M"), ("base", "207.9 M"), ("large", "478.3 M"), ("huge", "942.4 M")])
