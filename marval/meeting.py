@@ -180,6 +180,7 @@ def _roll(here, store):
     "Rank -> `_Peer`, of all ranks. Raises `BadInput` where one is missing, or there twice."
     seconds = _setting("MARVAL_MEET_TIMEOUT")
     end, wait = time.monotonic() + seconds, 0.01
+    store.add("came", 1)
     if store.add(f"here {here.rank}", 1) > 1:
         raise BadInput(f"two processes have RANK={here.rank}; expected one for each rank")
     me = dict(machine=_machine(), pid=os.getpid(), world=here.world)
@@ -364,6 +365,15 @@ def _stay_at_home(name):
     if found: os.environ["GLOO_SOCKET_IFNAME"] = found[0]
 
 
+def _let_go(here, store):
+    "A meeting has failed. Rank 0, who takes the store along, waits until all who came have read why."
+    end = time.monotonic() + 5 * (here.rank == 0)
+    try:
+        store.add("left", 1)
+        while time.monotonic() < end and store.add("left", 0) < store.add("came", 0): time.sleep(0.02)
+    except RuntimeError: pass
+
+
 @contextmanager
 def meeting(
     here: Place, # one of several
@@ -375,10 +385,9 @@ def meeting(
     prefix = f"meeting {next(_met)}"
     store, second = (dist.PrefixStore(prefix, s) for s in _store(here.rank, name, port))
     try: peers = _roll(here, store)
-    except LostRank: raise
-    except BadInput as e:
+    except (BadInput, LostRank) as e:
         _settle(store, one_line(e))
-        time.sleep(2 * (here.rank == 0))  # the others read it before the store goes
+        _let_go(here, store)
         raise
     except RuntimeError as e:
         raise LostRank(f"rank 0 of {here.world} died while the ranks met ({one_line(e, 100)})") from e
