@@ -24,20 +24,22 @@ from PIL import Image
 
 FUZZ = dict(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
-EVALUATION = dict(
-    kind="marval-evaluate", device="NVIDIA A100", commit="0123456789ab", n=50000, fid=3.3, is_mean=200.0, n_reference=None,
-    extractor=dict(name="inception-v3-compat"), network=dict(scale="base"), model=None,
-    images=dict(kind="network", path="runs/student.safetensors", stage="student", K=64, cfg=1.2, cfg_schedule="constant",
-                chain_steps=0, classes=1000),
-    reference=dict(path="adm_in256_stats.npz", statistics=True),
-    scores=dict(clip=dict(mean=29.0, standard_error=0.1, towers="ViT-L-14", prompt="a {}")),
-    time=dict(seconds=1.0, cpu_seconds=1.0, batch=1, dtype="float32", threads=1))
+EVALUATION = dict(kind="marval-evaluate", device="NVIDIA A100", commit="0123456789ab", n=50000, fid=3.3,
+                  is_mean=200.0, n_reference=None, extractor=dict(name="inception-v3-compat"),
+                  network=dict(scale="base"), model=None,
+                  images=dict(kind="network", path="runs/student.safetensors", stage="student", K=64, cfg=1.2,
+                              cfg_schedule="constant", chain_steps=0, classes=1000),
+                  reference=dict(path="adm_in256_stats.npz", statistics=True),
+                  scores=dict(clip=dict(mean=29.0, standard_error=0.1, towers="ViT-L-14", prompt="a {}")),
+                  time=dict(seconds=1.0, cpu_seconds=1.0, batch=1, dtype="float32", threads=1))
 OF_MODEL = dict(fid=3.0, is_mean=200.0, n=9, extractor=dict(name="x"), seconds_per_image={"1": 0.5})
-RUN = dict(device="CPU", commit="01", scale="base", chain_steps=100, cfg=1.2, K=64, cfg_schedule="linear", reference="r.npz",
-           teacher=OF_MODEL, student=OF_MODEL, student_rl=OF_MODEL)
-BASELINES = dict(kind="marval-baselines", runs=[dict(
-    model="ADM", path="diffusers", sampler="chain", seconds=9.0, cpu_seconds=9.0, measured="whole images", steps=250, cfg=None,
-    K=None, batch=1, dtype="fp32", threads=1, decoded=True, device="CPU", commit="01", weights="random", tiny=False)])
+RUN = dict(device="CPU", commit="01", scale="base", chain_steps=100, cfg=1.2, K=64, cfg_schedule="linear",
+           reference="r.npz", teacher=OF_MODEL, student=OF_MODEL, student_rl=OF_MODEL)
+BASELINES = dict(kind="marval-baselines", runs=[dict(model="ADM", path="diffusers", sampler="chain",
+                                                     seconds=9.0, cpu_seconds=9.0, measured="whole images",
+                                                     steps=250, cfg=None, K=None, batch=1, dtype="fp32",
+                                                     threads=1, decoded=True, device="CPU", commit="01",
+                                                     weights="random", tiny=False)])
 SAMPLING = dict(provenance=dict(device="CPU"), cells=dict(one=dict(
     size="base", K=64, cfg=2.9, chain_steps=100, decode=True, threads=1, commit="01", batch=1,
     runs={"chain, plain, fp32": dict(seconds=9.0, cpu_seconds=9.0)})))
@@ -47,7 +49,8 @@ RESULTS = dict(evaluation=EVALUATION, run=RUN, baselines=BASELINES, sampling=SAM
 def paths(value, at=()):
     "Every place in a nested value."
     if at: yield at
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    children = value.items() if isinstance(value,
+                                           dict) else enumerate(value) if isinstance(value, list) else ()
     for k, v in children: yield from paths(v, (*at, k))
 
 
@@ -79,11 +82,13 @@ def test_tables_of_true_results(tmp_path, capsys):
     assert tables(capsys, tmp_path)[0] == 0
 
 
-NO_JSON = dict(binary=b"\x00\xff\xfe\x80", empty=b"", depth=b'{"a":' * 100_000, deep_list=b"[" * 100_000, cut=b'{"fid": 3',
-               nan=b'{"fid": NaN, "n": Infinity}', list=b"[1, 2]", null=b"null", number=b"3",
-               digits=b'{"n": ' + b"9" * 5000 + b"}")
-OTHER = dict(empty={}, settings={"model.width": 64}, benchmark=dict(provenance={}, cells={"a": {"seconds": "fast"}}),
-             cells_null=dict(provenance=1, cells=None), cells_list=dict(provenance=1, cells=[[]]), runs=dict(kind=[], runs={}))
+NO_JSON = dict(binary=b"\x00\xff\xfe\x80", empty=b"", depth=b'{"a":' * 100_000, deep_list=b"[" * 100_000,
+               cut=b'{"fid": 3', nan=b'{"fid": NaN, "n": Infinity}', list=b"[1, 2]", null=b"null",
+               number=b"3", digits=b'{"n": ' + b"9" * 5000 + b"}")
+OTHER = dict(empty={}, settings={"model.width": 64},
+             benchmark=dict(provenance={}, cells={"a": {"seconds": "fast"}}),
+             cells_null=dict(provenance=1, cells=None), cells_list=dict(provenance=1, cells=[[]]),
+             runs=dict(kind=[], runs={}))
 
 
 @pytest.mark.parametrize("name", NO_JSON)
@@ -113,14 +118,16 @@ def test_no_regular_files(tmp_path, capsys):
     (tmp_path / os.fsdecode(b"\xff\x1b[2J.json")).write_text("{")
     status, out, _ = tables(capsys, tmp_path)
     assert status == 0 and out.count("passed over: ") == 5 and "\x1b" not in out and out.isascii()
-    for place in ("", "a" * 300, tmp_path / "nowhere", tmp_path / "pipe.json", "/dev/zero", os.fsdecode(b"\xff"), "a\0b"):
-        assert tables(capsys, place)[0] == 2
+    odd = ("", "a" * 300, tmp_path / "nowhere", tmp_path / "pipe.json", "/dev/zero", "\udcff", "a\0b")
+    for place in odd: assert tables(capsys, place)[0] == 2
 
 
-WRONG = dict(null=(("n",), None), text=(("n",), "5"), list=(("images",), []), inf=(("fid",), 1e400), nan=(("is_mean",), float("nan")),
-             huge=(("n",), 10**30), control=(("device",), "CPU\x1b[2J"), lines=(("commit",), "a\nb"), long=(("commit",), "a" * 10**5),
-             score=(("scores", "clip", "mean"), None), scores=(("scores",), 7), seconds=(("time", "seconds"), -1.0), flag=(("n",), True),
-             surrogate=(("device",), "\ud800"), classes=(("images", "classes"), 0.5))
+WRONG = dict(null=(("n",), None), text=(("n",), "5"), list=(("images",), []), inf=(("fid",), 1e400),
+             nan=(("is_mean",), float("nan")), huge=(("n",), 10**30), control=(("device",), "CPU\x1b[2J"),
+             lines=(("commit",), "a\nb"), long=(("commit",), "a" * 10**5),
+             score=(("scores", "clip", "mean"), None), scores=(("scores",), 7),
+             seconds=(("time", "seconds"), -1.0), flag=(("n",), True), surrogate=(("device",), "\ud800"),
+             classes=(("images", "classes"), 0.5))
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -135,12 +142,13 @@ def test_wrong_field(case, tmp_path, capsys):
 def json_values():
     "Any JSON, with what Python's writer lets through."
     plain = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20),
-                      st.sampled_from([10**400, -1, 1e308, "9" * 4300, "\ud800", "NaN", "../../x", "|", "<b>"]))
-    return st.recursive(plain, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-                        max_leaves=6)
+                      st.sampled_from([10**400, -1, 1e308, "9" * 4300, "\ud800", "NaN", "../../x", "|",
+                                       "<b>"]))
+    return st.recursive(plain, lambda inner: st.lists(inner, max_size=3)
+                        | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=6)
 
 
-@settings(max_examples=150, **FUZZ)
+@settings(max_examples=80, **FUZZ)
 @given(st.data())
 def test_fuzzed_results(tmp_path_factory, data):
     "One to three values of a true result replaced by anything: a table without NaN, or one line."
@@ -150,7 +158,8 @@ def test_fuzzed_results(tmp_path_factory, data):
     folder.mkdir(exist_ok=True)
     content = RESULTS[data.draw(st.sampled_from(sorted(RESULTS)))]
     for _ in range(data.draw(st.integers(1, 3))):
-        content = replaced(content, data.draw(st.sampled_from(sorted(paths(content), key=str))), data.draw(json_values()))
+        content = replaced(content, data.draw(st.sampled_from(sorted(paths(content), key=str))),
+                           data.draw(json_values()))
     (folder / "x.json").write_text(json.dumps(content))
     told = []
     try: found = read_results([folder], told.append)
@@ -182,23 +191,30 @@ def archive(path, compression=zipfile.ZIP_STORED, **entries):
 def write_reference(path, case):
     "A file that is no reference, by name."
     eye, mu = np.eye(8), np.zeros(8)
-    arrays = dict(
-        shape=dict(mu=mu, sigma=np.eye(7)), crooked=dict(mu=mu, sigma=np.triu(np.ones((8, 8)))),
-        negative=dict(mu=mu, sigma=-eye), nan=dict(mu=mu + np.nan, sigma=eye), inf=dict(mu=mu, sigma=eye + np.inf),
-        huge=dict(mu=mu + 1e200, sigma=eye), half=dict(mu=mu, sigma=eye.astype(np.float16)),
-        ints=dict(mu=mu.astype(int), sigma=eye.astype(int)), complex=dict(mu=mu * 1j, sigma=eye), scalar=dict(mu=1.0, sigma=1.0),
-        empty=dict(mu=np.zeros(0), sigma=np.zeros((0, 0))), size=dict(mu=np.zeros(5), sigma=np.eye(5)), lonely=dict(mu=mu),
-        objects=dict(mu=np.array([Path("x")] * 8), sigma=eye), text=dict(mu=np.array(["a"] * 8), sigma=eye),
-        structured=dict(mu=np.zeros(8, dtype=[("a", "f8")]), sigma=eye),
-        pixels=dict(arr_0=np.zeros((9, 8, 8, 3))), grey=dict(arr_0=np.zeros((9, 8, 8), np.uint8)),
-        no_pixels=dict(arr_0=np.zeros((9, 0, 8, 3), np.uint8)), few=dict(arr_0=np.zeros((4, 8, 8, 3), np.uint8)), others=dict(labels=mu))
-    bombs = dict(claims_much=dict(mu=header((10**12,)), sigma=header((10**6, 10**6))), many=dict(arr_0=header((10**9, 256, 256, 3), "|u1")),
-                 negative_shape=dict(mu=header((-8,)), sigma=header((-8, -8))), no_header=dict(mu=b"\x93NUMPY"), cut=dict(mu=header((8,)) + bytes(9)),
-                 code=dict(mu=b"\x93NUMPY\x01\x00\x2e\x00" + b"__import__('os').system('touch pwned')".ljust(45) + b"\n"))
+    arrays = dict(shape=dict(mu=mu, sigma=np.eye(7)), crooked=dict(mu=mu, sigma=np.triu(np.ones((8, 8)))),
+                  negative=dict(mu=mu, sigma=-eye), nan=dict(mu=mu + np.nan, sigma=eye),
+                  inf=dict(mu=mu, sigma=eye + np.inf), huge=dict(mu=mu + 1e200, sigma=eye),
+                  half=dict(mu=mu, sigma=eye.astype(np.float16)),
+                  ints=dict(mu=mu.astype(int), sigma=eye.astype(int)), complex=dict(mu=mu * 1j, sigma=eye),
+                  scalar=dict(mu=1.0, sigma=1.0), empty=dict(mu=np.zeros(0), sigma=np.zeros((0, 0))),
+                  size=dict(mu=np.zeros(5), sigma=np.eye(5)), lonely=dict(mu=mu),
+                  objects=dict(mu=np.array([Path("x")] * 8), sigma=eye),
+                  text=dict(mu=np.array(["a"] * 8), sigma=eye),
+                  structured=dict(mu=np.zeros(8, dtype=[("a", "f8")]), sigma=eye),
+                  pixels=dict(arr_0=np.zeros((9, 8, 8, 3))), grey=dict(arr_0=np.zeros((9, 8, 8), np.uint8)),
+                  no_pixels=dict(arr_0=np.zeros((9, 0, 8, 3), np.uint8)),
+                  few=dict(arr_0=np.zeros((4, 8, 8, 3), np.uint8)), others=dict(labels=mu))
+    bombs = dict(claims_much=dict(mu=header((10**12,)), sigma=header((10**6, 10**6))),
+                 many=dict(arr_0=header((10**9, 256, 256, 3), "|u1")),
+                 negative_shape=dict(mu=header((-8,)), sigma=header((-8, -8))),
+                 no_header=dict(mu=b"\x93NUMPY"), cut=dict(mu=header((8,)) + bytes(9)),
+                 code=dict(mu=b"\x93NUMPY\x01\x00\x2e\x00"
+                           + b"__import__('os').system('touch pwned')".ljust(45) + b"\n"))
     if case in arrays: np.savez(path, **arrays[case])
     elif case in bombs: archive(path, **bombs[case])
-    elif case == "deflated":                            # 40 MB of zeros in 40 kB: they claim what they hold, but F is too large
-        archive(path, zipfile.ZIP_DEFLATED, mu=header((5 * 10**6,)) + bytes(4 * 10**7), sigma=header((1, 1)) + bytes(8))
+    elif case == "deflated":                            # 40 MB in 40 kB, all of it there, but F is too large
+        archive(path, zipfile.ZIP_DEFLATED, mu=header((5 * 10**6,)) + bytes(4 * 10**7), sigma=header((1, 1))
+                + bytes(8))
     elif case == "pickle": path.write_bytes(pickle.dumps(dict(mu=1)))
     elif case == "fifo": os.mkfifo(path)
     elif case == "zero": path.symlink_to("/dev/zero")
@@ -210,8 +226,9 @@ def write_reference(path, case):
         path.write_bytes(content)
 
 
-REFERENCES = ("shape crooked negative nan inf huge half ints complex scalar empty size lonely objects text structured pixels grey no_pixels few others "
-              "claims_much many negative_shape no_header cut code deflated pickle fifo zero folder damaged").split()
+REFERENCES = """shape crooked negative nan inf huge half ints complex scalar empty size lonely objects text
+structured pixels grey no_pixels few others claims_much many negative_shape no_header cut code deflated pickle
+fifo zero folder damaged""".split()
 
 
 @pytest.fixture(scope="module")
@@ -228,12 +245,13 @@ def place(tmp_path_factory):
 
 
 def evaluated(capsys, *argv):
-    "Exit status and the last lines of output and error; a refusal is one line of the command's, no traceback."
+    "Exit status, output and error; a refusal is one line of the command's, no traceback."
     from marval.evaluate_cli import evaluate_cli
     status = evaluate_cli([*map(str, argv), "--extractor", "small", "--device", "cpu"])
     out, err = capsys.readouterr()
     said = [line for line in err.splitlines() if "error:" in line]
-    assert status in (0, 2) and "Traceback" not in err and len(said) == (status == 2) and (status == 0 or not out)
+    assert status in (0, 2) and "Traceback" not in err and len(said) == (status == 2)
+    assert (status == 0 or not out)
     return status, out, said[0] if said else err
 
 
@@ -260,8 +278,9 @@ def spoil(folder, case):
     elif case == "name": (folder / os.fsdecode(b"\xff\x1b.png")).write_text("no picture")
 
 
-PNG_OF_MANY = (b"\x89PNG\r\n\x1a\n" + b"\x00\x00\x00\rIHDR" + (10**5).to_bytes(4, "big") * 2 + b"\x08\x02\x00\x00\x00"
-               + zlib.crc32(b"IHDR" + (10**5).to_bytes(4, "big") * 2 + b"\x08\x02\x00\x00\x00").to_bytes(4, "big"))
+PNG_OF_MANY = (b"\x89PNG\r\n\x1a\n" + b"\x00\x00\x00\rIHDR" + (10**5).to_bytes(4, "big") * 2
+               + b"\x08\x02\x00\x00\x00" + zlib.crc32(b"IHDR" + (10**5).to_bytes(4, "big") * 2
+                                                      + b"\x08\x02\x00\x00\x00").to_bytes(4, "big"))
 
 
 @pytest.mark.parametrize("case", ("fifo", "zero", "gone", "folder", "text", "cut", "size", "bomb", "name"))
@@ -282,17 +301,20 @@ def test_folder_of_odd_names(place, tmp_path, capsys):
 def test_few_images(n, score, place, tmp_path, capsys):
     "Five are enough for all but the Inception score, which takes ten; no figure is nan."
     np.savez(tmp_path / "few.npz", np.load(place / "images.npz")["arr_0"][:n])
-    status, _, said = evaluated(capsys, "--images", tmp_path / "few.npz", "--reference", place / "images.npz", "--out", tmp_path / "r.json")
+    status, _, said = evaluated(capsys, "--images", tmp_path / "few.npz", "--reference", place / "images.npz",
+                                "--out", tmp_path / "r.json")
     if score is None: assert status == 2 and "4 images; expected 5 to" in said
     else:
         result = json.loads((tmp_path / "r.json").read_text())
-        assert status == 0 and (result["is_mean"] is not None) == score and all(result[k] is not None for k in ("fid", "kid", "precision"))
+        assert status == 0 and (result["is_mean"] is not None) == score
+        assert all(result[k] is not None for k in ("fid", "kid", "precision"))
         assert any("No Inception score of" in w for w in result["warnings"]) != score
         assert tables(capsys, tmp_path)[0] == 0
 
 
-OUTS = {"/dev/null.json": "/dev", "folder.json": "folder", "link.json": "link", "pipe.json": "pipe", "/proc/x.json": "/proc", "x.txt": "json",
-        "a" * 300 + ".json": "long", "images.npz/x.json": "Not a directory"}
+OUTS = {"/dev/null.json": "/dev", "folder.json": "folder", "link.json": "link", "pipe.json": "pipe",
+        "/proc/x.json": "/proc", "x.txt": "json", "a" * 300 + ".json": "long",
+        "images.npz/x.json": "Not a directory"}
 
 
 @pytest.mark.parametrize("out", OUTS)
@@ -311,10 +333,12 @@ def test_out(out, place, tmp_path, capsys, monkeypatch):
 
 
 def test_kept_features(place, tmp_path, capsys):
-    "One flipped bit, a foreign file and a pipe among the kept features: named, and made again; the figures are the same."
-    argv = ("--images", place / "images.npz", "--reference", place / "png", "--batch", "5", "--out", tmp_path / "r.json")
+    "A flipped bit, a foreign file and one that is none among the kept features: named, and made again."
+    argv = ("--images", place / "images.npz", "--reference", place / "png", "--batch", "5", "--out",
+            tmp_path / "r.json")
     assert evaluated(capsys, *argv)[0] == 0
-    first, kept = json.loads((tmp_path / "r.json").read_text()), sorted((tmp_path / "features").rglob("*.safetensors"))
+    first = json.loads((tmp_path / "r.json").read_text())
+    kept = sorted((tmp_path / "features").rglob("*.safetensors"))
     content = bytearray(kept[0].read_bytes())
     content[-1] ^= 1
     kept[0].write_bytes(content)
@@ -323,7 +347,8 @@ def test_kept_features(place, tmp_path, capsys):
     status, _, said = evaluated(capsys, *argv)
     again = json.loads((tmp_path / "r.json").read_text())
     assert status == 0 and said.count("made again") == 3 and all(path.name in said for path in kept[:3])
-    assert again["fid"] == pytest.approx(first["fid"], rel=1e-4) and again["kid"] == pytest.approx(first["kid"], rel=1e-4)
+    assert again["fid"] == pytest.approx(first["fid"],
+                                         rel=1e-4) and again["kid"] == pytest.approx(first["kid"], rel=1e-4)
     assert "made again" not in evaluated(capsys, *argv)[2]
 
 
@@ -332,7 +357,8 @@ class Touch:
     def __reduce__(self): return os.system, ("touch pwned",)
 
 
-@pytest.mark.parametrize("case", ("code", "list", "numbers", "names", "nan", "bomb", "text", "fifo", "zero", "folder", "shapes"))
+@pytest.mark.parametrize("case", ("code", "list", "numbers", "names", "nan", "bomb", "text", "fifo", "zero",
+                                  "folder", "shapes"))
 def test_inception(case, tmp_path, monkeypatch):
     "What is no Inception is refused in one line, and nothing in it is run or downloaded."
     from torch_fidelity import feature_extractor_inceptionv3 as module
@@ -341,19 +367,19 @@ def test_inception(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(module, "load_state_dict_from_url", lambda *_, **__: pytest.fail("downloaded"))
     path = tmp_path / "inception.pth"
-    content = dict(code=Touch(), list=[torch.zeros(2)], numbers=dict(a=1), names={1: torch.zeros(2)}, nan=dict(a=torch.tensor(float("nan"))),
-                   shapes={"fc.weight": torch.zeros(1).expand(2**40)})
+    content = dict(code=Touch(), list=[torch.zeros(2)], numbers=dict(a=1), names={1: torch.zeros(2)},
+                   nan=dict(a=torch.tensor(float("nan"))), shapes={"fc.weight": torch.zeros(1).expand(2**40)})
     if case in content: torch.save(content[case], path)
     elif case == "bomb":
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z, z.open("archive/data/0", "w", force_zip64=True) as f:
-            for _ in range(64): f.write(bytes(1 << 20))
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z: z.writestr("archive/data/0", bytes(2**26))
         monkeypatch.setattr("marval.arrays.machine_memory", lambda: 1 << 25)
     elif case == "text": path.write_text("weights")
     elif case == "fifo": os.mkfifo(path)
     elif case == "zero": path.symlink_to("/dev/zero")
     elif case == "folder": path.mkdir()
     with pytest.raises(BadInput, match="expected") as refusal: extractor(weights=path)
-    assert str(refusal.value).isprintable() and "inception.pth" in str(refusal.value) and not (tmp_path / "pwned").exists()
+    assert str(refusal.value).isprintable() and "inception.pth" in str(refusal.value)
+    assert not (tmp_path / "pwned").exists()
 
 
 def test_inception_is_read_once(place, tmp_path, monkeypatch):
@@ -372,23 +398,27 @@ def test_inception_is_read_once(place, tmp_path, monkeypatch):
     assert torch.equal(loaded[0]["a"], torch.ones(2))
 
 
-@pytest.mark.parametrize("images", (torch.zeros(2, 3, 4, 4) - 1, torch.full((2, 3, 4, 4), 200.0), torch.full((2, 3, 4, 4), float("inf")),
-                                    torch.zeros(2, 3, 4, 4, dtype=torch.long), torch.zeros(2, 2, 4, 4), torch.zeros(3, 4, 4), torch.zeros(0, 3, 4, 4),
-                                    torch.zeros(2, 3, 0, 4), torch.zeros(2, 3, 4, 4, dtype=torch.bool)))
+@pytest.mark.parametrize("images", (torch.zeros(2, 3, 4, 4) - 1, torch.full((2, 3, 4, 4), 200.0),
+                                    torch.full((2, 3, 4, 4), float("inf")),
+                                    torch.zeros(2, 3, 4, 4, dtype=torch.long), torch.zeros(2, 2, 4, 4),
+                                    torch.zeros(3, 4, 4), torch.zeros(0, 3, 4, 4), torch.zeros(2, 3, 0, 4),
+                                    torch.zeros(2, 3, 4, 4, dtype=torch.bool)))
 def test_images(images):
     from marval.border import BadInput
     from marval.features import to_bytes
     with pytest.raises(BadInput, match="expected"): to_bytes(images)
 
 
-@pytest.mark.parametrize("out", (torch.full((5, 8), float("nan")), torch.zeros(4, 8), torch.zeros(5), torch.zeros(5, 8, 1, 1)))
+@pytest.mark.parametrize("out", (torch.full((5, 8), float("nan")), torch.zeros(4, 8), torch.zeros(5),
+                                 torch.zeros(5, 8, 1, 1)))
 def test_extractor_gives(out):
     "Features that are none, or not one row each, are refused when they come, not when they are used."
     from marval.border import BadInput
     from marval.features import array_images, extract, extractor
     class Odd(torch.nn.Module):
         def forward(self, x): return out
-    with pytest.raises(BadInput, match="Odd gives"): extract(array_images(np.zeros((5, 8, 8, 3), np.uint8)), extractor(Odd()))
+    with pytest.raises(BadInput, match="Odd gives"):
+        extract(array_images(np.zeros((5, 8, 8, 3), np.uint8)), extractor(Odd()))
 
 
 def test_memory(place, capsys, monkeypatch):
@@ -400,20 +430,26 @@ def test_memory(place, capsys, monkeypatch):
 
 # The command line
 
-ARGUMENTS = ["--images", "--weights", "--tables", "--reference", "--inception", "--download", "--extractor", "--out", "--cache", "--size", "--batch",
-             "--device", "--model", "--vae", "--n", "--K", "--reveal", "--cfg", "--cfg-schedule", "--teacher-chain", "--seed", "--time", "--reward",
-             "--reward-weights", "--reward-model", "--prompt", "--names"]
-ODD = ["", " ", ".", "/", "..", "~nobody", "a" * 300, "images.npz", "png", "/dev/zero", "/dev/null", "pipe", "a\0b", "\udcff", "\x1b[2J", "x.json", "nan", "inf", "-1",
-       "0", "5", "1e999", "999999999999", "9" * 5000, "1.7", "cpu", "cuda", "small", "clip", "{}", "cosine", "linear", "ADM", "student.safetensors"]
+ARGUMENTS = """--images --weights --tables --reference --inception --download --extractor --out --cache --size
+--batch --device --model --vae --n --K --reveal --cfg --cfg-schedule --teacher-chain --seed --time --reward
+--reward-weights --reward-model --prompt --names""".split()
+ODD = ["", " ", ".", "/", "..", "~nobody", "a" * 300, "images.npz", "png", "/dev/zero", "/dev/null", "pipe",
+       "a\0b", "\udcff", "\x1b[2J", "x.json", "nan", "inf", "-1", "0", "5", "1e999", "999999999999",
+       "9" * 5000, "1.7", "cpu", "cuda", "small", "clip", "{}", "cosine", "linear", "ADM",
+       "student.safetensors"]
 
 
-@settings(max_examples=120, **FUZZ)
-@given(st.lists(st.tuples(st.sampled_from(ARGUMENTS), st.sampled_from(ODD) | st.text(max_size=8)), max_size=6), st.booleans())
+@settings(max_examples=80, **FUZZ)
+@given(st.lists(st.tuples(st.sampled_from(ARGUMENTS), st.sampled_from(ODD) | st.text(max_size=8)),
+                max_size=6), st.booleans())
 def test_fuzzed_arguments(place, capsys, arguments, sensible):
     "Any argument list ends in a result or in one line."
     from marval.evaluate_cli import evaluate_cli
-    before, argv = os.getcwd(), [word for pair in arguments for word in (pair if pair[0] != "--download" else ())]
-    if sensible: argv = ["--images", "images.npz", "--reference", "images.npz", "--extractor", "small", "--device", "cpu", *argv]
+    before, argv = os.getcwd(), [word for pair in arguments
+                                 for word in (pair if pair[0] != "--download" else ())]
+    if sensible:
+        argv = ["--images", "images.npz", "--reference", "images.npz", "--extractor", "small", "--device",
+                "cpu", *argv]
     os.chdir(place)
     try:
         if not os.path.exists("pipe"): os.mkfifo("pipe")
@@ -425,8 +461,10 @@ def test_fuzzed_arguments(place, capsys, arguments, sensible):
     assert status in (0, 2) and "Traceback" not in err and len(errors) == (status == 2), (argv, err)
 
 
-@pytest.mark.parametrize("argv", (["--n", "999999999999"], ["--n", "4"], ["--batch", "999999"], ["--K", "1e5"], ["--cfg", "nan"], ["--cfg", "-1"], ["--seed", "-1"],
-                                  ["--size", "7"], ["--time", "0"], ["--teacher-chain", "1"], ["--prompt", "a\n{}"], ["--reveal", "sideways"]))
+@pytest.mark.parametrize("argv", (["--n", "999999999999"], ["--n", "4"], ["--batch", "999999"],
+                                  ["--K", "1e5"], ["--cfg", "nan"], ["--cfg", "-1"], ["--seed", "-1"],
+                                  ["--size", "7"], ["--time", "0"], ["--teacher-chain", "1"],
+                                  ["--prompt", "a\n{}"], ["--reveal", "sideways"]))
 def test_ranges(argv, capsys):
     "Said before anything is loaded."
     from marval.evaluate_cli import evaluate_cli
@@ -436,21 +474,53 @@ def test_ranges(argv, capsys):
 
 
 def test_as_a_process(place, tmp_path):
-    "In the C locale; --debug shows the traceback of what nobody expected; else a file holds it."
-    script = "import sys; from marval import evaluate_cli as e; e._evaluate = lambda *_: 1 / 0; sys.exit(e.evaluate_cli())"
+    """In the C locale: a refusal is a line; what nobody expected is a line and a file, or a traceback with
+    --debug."""
+    script = """
+import sys
+from marval import evaluate_cli as e
+argv = sys.argv[1:]
+print(e.evaluate_cli([*argv, "--extractor", "vgg16"]))
+e._evaluate = lambda *_: 1 / 0
+print(e.evaluate_cli(argv))
+e.evaluate_cli([*argv, "--debug"])
+"""
     argv = ["--images", str(place / "images.npz"), "--reference", "räuber.npz"]
-    run = lambda code, *more: subprocess.run([sys.executable, "-c", code, *argv, *more], capture_output=True, text=True, timeout=300,
-                                             env=environment(LANG="C", LC_ALL="C", PYTHONIOENCODING="ascii", TMPDIR=str(tmp_path)))
-    refused = run("import sys; from marval.evaluate_cli import evaluate_cli; sys.exit(evaluate_cli())", "--extractor", "vgg16")
-    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
-    done = run(script)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "ZeroDivisionError" in done.stderr and "--debug" in done.stderr
+    env = environment(LANG="C", LC_ALL="C", PYTHONIOENCODING="ascii", TMPDIR=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", script, *argv], capture_output=True, text=True, timeout=600,
+                          env=env)
+    refused, unexpected, *traceback = done.stderr.splitlines()
+    assert done.stdout == "2\n1\n" and done.returncode == 1 and refused.startswith("error: ")
+    assert "ZeroDivisionError" in unexpected and "--debug" in unexpected
     assert "ZeroDivisionError" in next(tmp_path.glob("marval-error-*")).read_text()
-    debug = run(script, "--debug")
-    assert debug.returncode == 1 and "Traceback" in debug.stderr
+    assert traceback[0].startswith("Traceback") and "ZeroDivisionError" in traceback[-1]
 
 
-@pytest.mark.parametrize("variables", (dict(RANK="abc"), dict(RANK="0"), dict(RANK="abc", WORLD_SIZE="1", LOCAL_RANK="0"), dict(RANK="-1", WORLD_SIZE="1", LOCAL_RANK="0")))
+PLACES = ("pipe", "pipe.npz", "pipe.safetensors", "zero", "zero.npz", "folder.npz", "empty", "text.npz",
+          "text", "", "a" * 300, "a" * 300 + ".npz", "~nobody", "/dev/zero", "/dev/null", "a\0b", "\udcff",
+          "a\nb.npz", "nowhere")
+
+
+@pytest.mark.parametrize("option", ("--images", "--weights", "--reference", "--inception", "--cache"))
+@pytest.mark.parametrize("name", PLACES)
+def test_places(option, name, place, tmp_path, capsys, monkeypatch):
+    "What is no file or folder of the kind is refused in one line; no pipe is waited for."
+    monkeypatch.chdir(tmp_path)
+    for pipe in ("pipe", "pipe.npz", "pipe.safetensors"): os.mkfifo(pipe)
+    for link in ("zero", "zero.npz"): os.symlink("/dev/zero", link)
+    for folder in ("folder.npz", "empty"): os.mkdir(folder)
+    for file in ("text.npz", "text"): Path(file).write_text("a text")
+    argv = {"--images": place / "images.npz", "--reference": place / "images.npz"}
+    if option == "--weights": del argv["--images"]
+    words = [str(word) for pair in (argv | {option: name}).items() for word in pair]
+    status, _, said = evaluated(capsys, *words)
+    writable = option == "--cache" and name in ("folder.npz", "empty", "~nobody", "nowhere")
+    assert (status == 0) if writable else (status == 2 and "expected" in said)
+
+
+@pytest.mark.parametrize("variables", (dict(RANK="abc"), dict(RANK="0"),
+                                       dict(RANK="abc", WORLD_SIZE="1", LOCAL_RANK="0"),
+                                       dict(RANK="-1", WORLD_SIZE="1", LOCAL_RANK="0")))
 def test_ranks(variables, place, capsys, monkeypatch):
     for k, v in variables.items(): monkeypatch.setenv(k, v)
     status, _, said = evaluated(capsys, "--images", place / "images.npz", "--reference", place / "images.npz")
@@ -477,10 +547,13 @@ def test_digits_of_nan(digit_judges):
     images, labels, net = images[:40], labels[:40], digit_judges.heldout_net
     bad = images.clone()
     bad[3] = float("nan")
-    assert math.isnan(frechet(bad, images, net)) and features(net, bad)[3].isnan().all() and features(net, bad)[4].isfinite().all()
-    assert coverage(features(net, bad * math.nan), features(net, images)) == 0 and accuracy(bad * math.nan, labels, net) == 0
+    assert math.isnan(frechet(bad, images, net)) and features(net, bad)[3].isnan().all()
+    assert features(net, bad)[4].isfinite().all()
+    assert coverage(features(net, bad * math.nan), features(net, images)) == 0
+    assert accuracy(bad * math.nan, labels, net) == 0
     with pytest.raises(BadInput, match="nan"): measure(bad, labels, digit_judges, images, labels)
-    with pytest.raises(BadInput, match="expected"): measure(images[:3], labels[:3], digit_judges, images, labels)
+    with pytest.raises(BadInput, match="expected"):
+        measure(images[:3], labels[:3], digit_judges, images, labels)
 
 
 def test_least_images(digit_judges):
@@ -491,18 +564,22 @@ def test_least_images(digit_judges):
     from marval.evaluate import check_evaluation, least_images, measure
     n, (images, labels) = least_images(10), load_digits_data()
     pick = torch.tensor([(labels == i % 10).nonzero()[i // 10, 0] for i in range(n)])
-    assert all(math.isfinite(v) for v in measure(images[pick], labels[pick], digit_judges, images, labels).values())
+    assert all(math.isfinite(v) for v in measure(images[pick], labels[pick], digit_judges, images,
+                                                 labels).values())
     asked = lambda scale, n: replace(preset(scale), evaluate=replace(preset(scale).evaluate, n=n))
     check_evaluation(asked("smoke", n))
-    check_evaluation(asked("base", 1))                                           # nothing is measured without a reference
+    check_evaluation(asked("base", 1))                   # nothing is measured without a reference
     for wrong in (1, n - 1, 10**7):
         with pytest.raises(BadInput, match="evaluate.n"): check_evaluation(asked("smoke", wrong))
 
 
-METRICS = dict(device="CPU", torch="2", commit="01", seed=0, scale="digits", K=8, cfg=1.2, chain_steps=100, n=20, seconds=dict(rl=1.0), speedup={"1": 2.0, "64": 2.0},
-               reward=dict(before=-1.0, after=0.0), heldout_reward=dict(before=-1.0, after=0.0), rl_stopped="<script>alert(1)</script>")
-FIGURES = dict.fromkeys("fd kid precision recall accuracy coverage diversity reward heldout_reward".split(), 0.5)
-for name in ("teacher", "one_step_init", "student", "student_rl"): METRICS[name] = FIGURES | dict(seconds_per_image={"1": 0.5, "64": 0.1})
+METRICS = dict(device="CPU", torch="2", commit="01", seed=0, scale="digits", K=8, cfg=1.2, chain_steps=100,
+               n=20, seconds=dict(rl=1.0), speedup={"1": 2.0, "64": 2.0}, reward=dict(before=-1.0, after=0.0),
+               heldout_reward=dict(before=-1.0, after=0.0), rl_stopped="<script>alert(1)</script>")
+FIGURES = dict.fromkeys("fd kid precision recall accuracy coverage diversity reward heldout_reward".split(),
+                        0.5)
+for name in ("teacher", "one_step_init", "student", "student_rl"):
+    METRICS[name] = FIGURES | dict(seconds_per_image={"1": 0.5, "64": 0.1})
 METRICS["real"] = FIGURES
 
 
@@ -516,7 +593,14 @@ def run_folder(folder, metrics, log=""):
     return folder
 
 
-LOG = '{"step": 1, "loss": 0.5, "score": 1}\n[1, 2]\n{"step": "x", "loss": {}}\n{"step": 2, "loss": NaN}\n{"step": 3, "loss": 1e400}\n{"step": 4, "score": 2, "fd": "<b>"}\nnull\n{"ste'
+LOG = """{"step": 1, "loss": 0.5, "score": 1}
+[1, 2]
+{"step": "x", "loss": {}}
+{"step": 2, "loss": NaN}
+{"step": 3, "loss": 1e400}
+{"step": 4, "score": 2, "fd": "<b>"}
+null
+{"ste"""
 
 
 def test_report(tmp_path):
@@ -528,7 +612,8 @@ def test_report(tmp_path):
     os.mkfifo(tmp_path / "state" / "distill" / "log.jsonl")
     write_report(tmp_path, odd)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert not re.search(r"<(script|b|i|u|a|img src=x)>", page) and "\x1b" not in page and "alert(1)&lt;/script&gt;" in page
+    assert not re.search(r"<(script|b|i|u|a|img src=x)>",
+                         page) and "\x1b" not in page and "alert(1)&lt;/script&gt;" in page
     assert page.count("<img") == page.count('<img alt="" src="data:image/png;base64,') == 3
 
 
@@ -536,7 +621,8 @@ def test_report(tmp_path):
 def test_report_without(damage, tmp_path):
     from marval.border import BadInput
     from marval.report import write_report
-    run_folder(tmp_path, {k: v for k, v in METRICS.items() if k != "real"} if damage == "missing" else METRICS)
+    run_folder(tmp_path, {k: v for k, v in METRICS.items() if k != "real"} if damage == "missing"
+               else METRICS)
     if damage == "no picture": (tmp_path / "samples.png").write_text("<svg onload=alert(1)>")
     elif damage != "missing": (tmp_path / damage).unlink()
     with pytest.raises(BadInput) as refusal: write_report(tmp_path, {})
@@ -551,7 +637,9 @@ def test_fuzzed_metrics(data):
     from marval.evaluate import check_metrics, metrics_table
     from marval.report import results_table
     metrics = METRICS
-    for _ in range(data.draw(st.integers(1, 2))): metrics = replaced(metrics, data.draw(st.sampled_from(sorted(paths(metrics), key=str))), data.draw(json_values()))
+    for _ in range(data.draw(st.integers(1, 2))):
+        metrics = replaced(metrics, data.draw(st.sampled_from(sorted(paths(metrics), key=str))),
+                           data.draw(json_values()))
     try: check_metrics(metrics)
     except BadInput as e:
         assert str(e).isprintable()
@@ -559,8 +647,10 @@ def test_fuzzed_metrics(data):
     for text in (results_table(metrics), metrics_table(metrics)): assert not re.search(r"\b(nan|inf)\b", text)
 
 
-@pytest.mark.parametrize("text", ("diversity", "diversity 0", "diversity -1", "diversity inf", "diversity nan", "diversity 0.1 fd 0.5", "beauty 1", "fd 1, fd 2", "fd 1,", ",",
-                                  "fd 1e999", "fd\x1b 1", "fd " + "9" * 400, "fd 1" * 1000, "fd,1", "fd=1", "watch 0x1"))
+@pytest.mark.parametrize("text", ("diversity", "diversity 0", "diversity -1", "diversity inf",
+                                  "diversity nan", "diversity 0.1 fd 0.5", "beauty 1", "fd 1, fd 2", "fd 1,",
+                                  ",", "fd 1e999", "fd\x1b 1", "fd " + "9" * 400, "fd 1" * 1000, "fd,1",
+                                  "fd=1", "watch 0x1"))
 def test_guards(text):
     from marval.border import BadInput
     from marval.guards import parse_guards
