@@ -500,17 +500,18 @@ def test_a_lost_shard(tmp_path):
 
 def test_kept_images(tmp_path):
     "Images of an interrupted evaluation count only if they are what was kept; else they are drawn again."
-    from marval.outcome import _drawn
+    from marval.outcome import keep
     drawn, path = [], tmp_path / "teacher.safetensors"
     def make():
         drawn.append(1)
-        return torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    images = _drawn(path, make)
-    assert torch.equal(_drawn(path, make), images) and len(drawn) == 1
+        return dict(images=torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+    kept = lambda: keep(path, make, "recipe", lambda found: None)["images"]
+    images = kept()
+    assert torch.equal(kept(), images) and len(drawn) == 1
     whole = path.read_bytes()
     for i in (0, 12, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:i] + bytes([whole[i] ^ 16]) + whole[i + 1:])
-        assert torch.equal(_drawn(path, make), images)
+        assert torch.equal(kept(), images)
     assert len(drawn) == 5
 
 
@@ -528,13 +529,14 @@ def test_the_least_evaluation(tmp_path):
 
 def test_what_a_report_remembers(tmp_path):
     "Settings and times of the stages that can be read; garbage beside them is passed over."
-    from marval.outcome import _history
+    from marval.outcome import _readable, _used
+    from marval.pipeline import Done
     out = fake(tmp_path, "teacher", "judges")
     for name, content in (("jobs", b"\xff"), ("more", b"[]"), ("deep", b"[" * 100_000)):
         (out / "state" / name).mkdir()
         (out / "state" / name / "settings.json").write_bytes(content)
     (out / "state" / "judges" / "done.json").write_bytes(b"null")
-    used, seconds = _history(out)
+    used, seconds = _used(out), {stage: done.seconds for stage, done in _readable(out, "done.json", Done).items()}
     assert used["teacher.lr"] == 0.001 and "judges.iterations" in used and seconds == dict(teacher=0.0)
 
 
