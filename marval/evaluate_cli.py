@@ -20,10 +20,10 @@ import torch
 from .border import BadInput, Parser, Range, Text, checked, entry_point, one_line
 from .cli import Sampler, load
 from .config import SCALES, ModelConfig, override, preset
-from .features import INCEPTION, Images, balanced_labels, drawn_images, extractor, open_images
-from .features import with_scores
+from .features import INCEPTION, extractor, with_scores
 from .fidelity import LEAST, MOST, fidelity, open_reference
 from .files import ensure_folder, read_json, refuse_special, sha256, write_json, writing
+from .images import Images, balanced_labels, drawn_images, open_images
 from .parallel import group, on_first, world
 from .tables import fill, left_out, missing, read_results, render
 from .train import step_seed

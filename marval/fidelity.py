@@ -18,9 +18,9 @@ from torch import Tensor
 
 from .arrays import check_memory, read_arrays, read_headers
 from .border import BadInput
-from .features import INCEPTION, Extractor, Images, balanced_labels, drawn_images, extract
-from .features import folder_images, is_published, open_images
+from .features import INCEPTION, Extractor, extract, is_published
 from .files import atomic_write, sha256
+from .images import Images, balanced_labels, drawn_images, folder_images, open_images
 from .parallel import on_first
 
 # %% ../nbs/13b_fidelity.ipynb #13-006

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LARGEST_JSON', 'writing', 'atomic_write', 'check_writable', 'ensure_folder', 'open_regular', 'sha256', 'write_json',
-           'read_json']
+           'read_json', 'machine_memory']
 
 # %% ../nbs/00_files.ipynb #00-003
 import hashlib
@@ -204,3 +204,12 @@ def read_json(
 
 
 def _no_constant(name): raise ValueError(f"{name} is no number in JSON")
+
+# %% ../nbs/00_files.ipynb #00-023n
+def machine_memory() -> float:  # bytes
+    "Of this machine, or of this container."
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try: found.append(int(Path(limit).read_text()))
+        except (OSError, ValueError): pass          # no limit
+    return float(min(found))

@@ -7,7 +7,6 @@ __all__ = ['BODIES', 'SHARED', 'Plain', 'draw_images', 'evaluate']
 
 # %% ../nbs/13d_outcome.ipynb #13-003
 import json
-import math
 from dataclasses import asdict
 from functools import partial
 

@@ -405,7 +405,7 @@ def test_inception_is_read_once(place, tmp_path, monkeypatch):
                                     torch.zeros(2, 3, 4, 4, dtype=torch.bool)))
 def test_images(images):
     from marval.border import BadInput
-    from marval.features import to_bytes
+    from marval.images import to_bytes
     with pytest.raises(BadInput, match="expected"): to_bytes(images)
 
 
@@ -414,7 +414,8 @@ def test_images(images):
 def test_extractor_gives(out):
     "Features that are none, or not one row each, are refused when they come, not when they are used."
     from marval.border import BadInput
-    from marval.features import array_images, extract, extractor
+    from marval.features import extract, extractor
+    from marval.images import array_images
     class Odd(torch.nn.Module):
         def forward(self, x): return out
     with pytest.raises(BadInput, match="Odd gives"):

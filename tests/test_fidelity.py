@@ -67,8 +67,9 @@ def folder(tmp_path_factory):
     "A student with random weights, references of every kind, files that are none."
     from marval.config import preset
     from marval.data import load_digits_data
-    from marval.features import dataset_images, extract, extractor
+    from marval.features import extract, extractor
     from marval.fidelity import save_statistics, statistics
+    from marval.images import dataset_images
     from marval.mar import MAR, save_weights
     register()
     folder, cfg = tmp_path_factory.mktemp("fidelity"), preset("smoke")
@@ -172,7 +173,7 @@ def test_all_roads_give_the_same(folder, ended, tmp_path, capsys):
     """The sampler's images as files and as an array; the reference as images and as statistics; a longer
     evaluation from a shorter one's features."""
     from marval.evaluate_cli import evaluate_cli, network_images
-    from marval.features import to_bytes
+    from marval.images import to_bytes
     images = network_images(folder / "student.safetensors", 73, batch=10)
     pixels = torch.cat([to_bytes(images.read(*s)) for s in images.stretches()]).permute(0, 2, 3, 1).numpy()
     np.savez(tmp_path / "samples.npz", pixels)
