@@ -413,8 +413,14 @@ def worker(args, parent):
 
 
 def start(args) -> None:
-    "The processes, and their end."
-    signal.signal(signal.SIGTERM, ended)
+    "The processes, and their end; SIGTERM ends them as Ctrl-C does."
+    before = signal.signal(signal.SIGTERM, ended)
+    try: work(args)
+    finally: signal.signal(signal.SIGTERM, before)
+
+
+def work(args) -> None:
+    "All cells, in this process or in several."
     if args.processes == 1: return loop(args)
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")

@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from conftest import outcome
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,14 +25,6 @@ odd_text = st.one_of(
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=10), inner, max_size=3), max_leaves=10)
-
-
-def outcome(f, *args, **kwargs):
-    "What a call gives; a refusal has to be one printable line."
-    try: return f(*args, **kwargs)
-    except BadInput as e:
-        assert str(e).isprintable()
-        return e
 
 
 @quick

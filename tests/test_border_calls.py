@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import outcome
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -101,24 +102,16 @@ infer_config read_foreign load_official save_official random_orders reveal_count
 TeacherChain OneStep sample FastSampler FastSampler.sample Schedule.cosine t_of_abar respaced Chain.make""".split()
 
 
-def outcome(f, kwargs):
-    "What a call gives; a refusal has to be one printable line."
-    try: return f(**kwargs)
-    except BadInput as e:
-        assert str(e).isprintable() and len(str(e)) < 2000
-        return e
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_one_odd_argument(calls, monkeypatch, tmp_path, name):
     "Every argument of every function in turn, with every odd value."
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("marval.cli._free_memory", lambda device: 2**30)
     f, good = calls[name]
-    assert set(calls) == set(NAMES) and not isinstance(outcome(f, good), BadInput)
+    assert set(calls) == set(NAMES) and not isinstance(outcome(f, **good), BadInput)
     bad = []
     for argument, value in itertools.product(good, ODD):
-        try: outcome(f, {**good, argument: value})
+        try: outcome(f, **{**good, argument: value})
         except Exception as e: bad.append(one_line(f"{argument}={shown(value)}: {type(e).__name__}: {e}", 300))
     assert not bad, "\n".join(bad)
 
@@ -128,14 +121,14 @@ def test_one_odd_argument(calls, monkeypatch, tmp_path, name):
        seed=odd | st.integers(), reveal=odd)
 def test_any_request(calls, labels, K, cfg, chain, seed, reveal):
     f, _ = calls["Sampler.sample"]
-    found = outcome(f, dict(labels=labels, K=K, cfg=cfg, chain=chain, seed=seed, reveal=reveal))
+    found = outcome(f, labels=labels, K=K, cfg=cfg, chain=chain, seed=seed, reveal=reveal)
     assert isinstance(found, BadInput) or found.isfinite().all() and 0 <= found.min() and found.max() <= 1
 
 
 @pytest.mark.parametrize("labels", [[1.7], [True], "3", ["3"], [[1, 2]], [math.nan], [], 3, None, [-1], [11], torch.tensor([1.0]),
                                     torch.tensor([True]), np.array([1.5]), range(10**12), {1, 2}, (x for x in [1])], ids=str)
 def test_what_is_no_list_of_classes(calls, labels):
-    assert isinstance(outcome(calls["Sampler.sample"][0], dict(labels=labels)), BadInput)
+    assert isinstance(outcome(calls["Sampler.sample"][0], labels=labels), BadInput)
 
 
 @pytest.mark.parametrize("labels", [[1, 2], (1, 2), range(1, 3), np.array([1, 2]), np.array([1, 2], dtype=np.uint8), [np.int64(1), 2],

@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import outcome
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -27,14 +28,6 @@ plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=10), inner, max_size=3),
     max_leaves=8)
-
-
-def outcome(f, *args, **kwargs):
-    "What a call gives; a refusal has to be one printable line."
-    try: return f(*args, **kwargs)
-    except BadInput as e:
-        assert str(e).isprintable()
-        return e
 
 
 def refusal(f, *args, **kwargs):

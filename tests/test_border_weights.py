@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from conftest import outcome
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -24,14 +25,6 @@ from marval.official import load_official, read_foreign, save_official
 CONFIG = preset("smoke")
 ODD_NAMES = ["", ".", "/", "..", "a" * 300, "x\0y", "\udcff", "a\nb", "~nobody", "/dev/zero", "/proc/self/mem",
              None, 3, b"x", ["a"], "nowhere/w.pth"]
-
-
-def outcome(f, *args, **kwargs):
-    "What a call gives; a refusal has to be one printable line."
-    try: return f(*args, **kwargs)
-    except BadInput as e:
-        assert str(e).isprintable() and len(str(e)) < 2000
-        return e
 
 
 def refusal(f, *args, seconds=20, megabytes=1000, **kwargs):
