@@ -53,6 +53,7 @@ def records(tmp_path):
     return {p.stem: json.loads(p.read_text()) for p in (tmp_path/"out"/"gpu_cpu").glob("*.json")}
 
 
+@pytest.mark.slow
 def test_trial(gpu, command, tmp_path):
     first = command("--tiny", "--minutes", "30")
     assert first.returncode == 0, first.stderr

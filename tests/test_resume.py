@@ -36,6 +36,7 @@ def test_uninterrupted(reference):
     assert set(pipeline.run(preset("smoke"), pipeline.select("all", preset("smoke")), out).values()) == {"skipped"} and digests(out) == weights
 
 
+@pytest.mark.slow
 def test_killed_at_five_random_moments(reference, tmp_path):
     """SIGKILL once in each stage, at a moment drawn at random from the time the stage takes; in turns for the whole process group and for the launcher alone, whose
     job must then end by itself. Then to the end."""

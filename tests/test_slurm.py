@@ -136,6 +136,7 @@ def test_jobs_run_fail_and_are_skipped(cluster, tmp_path):
     assert not log.exists() or "Traceback" not in log.read_text()
 
 
+@pytest.mark.slow
 def test_preempted_job_is_queued_again(cluster, tmp_path):
     "USR2 in the middle: submitit calls checkpoint() and scontrol; the job that Slurm then starts again ends with the same bits."
     env, book = cluster
